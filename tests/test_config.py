@@ -1,0 +1,188 @@
+"""Settings, presets, paths, and loading a model in few bits."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import config
+from config import EvaluationSettings, TrainingSettings, UserError, parse_settings, preset_settings
+
+
+def test_small_is_the_preset_without_cuda_and_what_differs_is_printed(capsys):
+    settings = parse_settings(TrainingSettings, ["--beta", "0.3"])
+    assert (settings.preset, settings.base_model, settings.beta) == ("small", config.SMALL_MODEL, 0.3)
+    assert capsys.readouterr().out == "preset small (no CUDA device)\n  beta: 0.1 -> 0.3\n"
+
+
+def test_thesis_preset_is_the_experiment_of_the_thesis():
+    settings = preset_settings(TrainingSettings, "thesis")
+    assert settings.base_model == "unsloth/llama-3-8b-bnb-4bit"
+    assert (settings.bits, settings.lora_rank, settings.lora_alpha, settings.lora_dropout) == (4, 16, 16, 0)
+    assert (settings.sft_epochs, settings.sft_learning_rate) == (1, 2e-4)
+    assert (settings.epochs, settings.learning_rate, settings.beta) == (3, 5e-5, 0.1)
+    assert (settings.lr_scheduler, settings.warmup_steps, settings.weight_decay) == ("linear", 5, 0.01)
+    assert (settings.optim, settings.effective_batch, settings.seed) == ("adamw_8bit", 8, 3407)
+    assert config.adapter_folder(settings, "dpo").name == "llama3_dpo_4bit_final"
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--betta", "0.3"], "unknown setting --betta\nDid you mean --beta?"),
+        (["--beta", "high"], "invalid float value: 'high'"),
+        (["--beta", "-1"], "beta is -1.0\nGive --beta a value above 0"),
+        (["--bits", "3"], "--bits: invalid choice: '3'"),
+        (["--preset", "large"], "--preset: invalid choice: 'large'"),
+        (["--batch_size", "3"], "batch_size is 3\nGive --batch_size a value that divides 8"),
+        (["--adapters", "a=b"], "unknown setting --adapters"),
+        (["absent.yaml"], "cannot read the settings file absent.yaml"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_of_two_lines(flags, problem):
+    with pytest.raises(UserError) as error:
+        parse_settings(TrainingSettings, flags)
+    assert problem in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("beta: 0.5\nmax_pairs: 8\ncheck: true\n")
+    settings = parse_settings(TrainingSettings, [str(path), "--beta", "0.2"])
+    assert (settings.beta, settings.max_pairs, settings.check) == (0.2, 8, True)
+    path.write_text("bata: 0.5\n")
+    with pytest.raises(UserError, match="unknown setting --bata"):
+        parse_settings(TrainingSettings, [str(path)])
+    path.write_text("beta: [1, 2\n")
+    with pytest.raises(UserError, match="cannot read the settings file"):
+        parse_settings(TrainingSettings, [str(path)])
+
+
+def test_every_setting_has_a_help_line():
+    for kind in (TrainingSettings, EvaluationSettings):
+        for setting in kind.__dataclass_fields__.values():
+            assert setting.metadata["help"], setting.name
+
+
+def test_every_preset_value_is_a_setting():
+    names = {*TrainingSettings.__dataclass_fields__, *EvaluationSettings.__dataclass_fields__}
+    for values in config.PRESETS.values():
+        assert set(values) <= names
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    target = tmp_path / "final"
+    with pytest.raises(RuntimeError), config.whole_folder(target) as made:
+        (made / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("first", "second"):
+        with config.whole_folder(target) as made:
+            (made / "file").write_text(content)
+        assert (target / "file").read_text() == content
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index on disk with one wheel."""
+    wheel = tmp_path / "index" / "made_up-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("made_up-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
+        archive.writestr("made_up-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("made_up-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return wheel
+
+
+def test_a_fetched_wheel_is_checked(index, tmp_path):
+    (tmp_path / "to").mkdir()
+    assert config.fetch_wheel("made-up==1.0", config.file_sha256(index), tmp_path / "to").name == index.name
+    with pytest.raises(UserError, match="not the file that was expected"):
+        config.fetch_wheel("made-up==1.0", "0" * 64, tmp_path / "to")
+    with pytest.raises(UserError, match="cannot fetch made-up==2.0"):
+        config.fetch_wheel("made-up==2.0", "0" * 64, tmp_path / "to")
+
+
+def test_a_missing_pairs_file_names_the_command_that_makes_it():
+    with pytest.raises(UserError, match="python data/build_pairs.py --source ml-100k --output nowhere/100k.jsonl"):
+        config.load_split(EvaluationSettings(pairs="nowhere/100k.jsonl"))
+
+
+def test_a_missing_base_model_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match="cannot load the base model .*absent"):
+        config.load_tokenizer(EvaluationSettings(base_model=str(tmp_path / "absent")))
+
+
+def test_4_bit_weights_are_the_same_whatever_is_computed_in(tiny_model):
+    """Training computes in bfloat16 and evaluation in float32, over the same 4-bit weights."""
+    settings = EvaluationSettings(base_model=str(tiny_model))
+    found = [config.load_model(settings, dtype)[0].model.layers[0].mlp.up_proj.weight for dtype in (torch.float32, torch.bfloat16)]
+    assert found[0].dtype == torch.uint8
+    assert torch.equal(found[0].data, found[1].data)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_precisions_load_and_run(tiny_model, bits):
+    model, tokenizer = config.load_model(EvaluationSettings(base_model=str(tiny_model), bits=bits), torch.float32)
+    text = tokenizer("The better recommendation is Option A.", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=text["input_ids"]).logits).all()
+
+
+def test_gradients_are_above_zero_after_an_evaluation_of_4_bit_weights(tiny_model):
+    model, tokenizer = config.load_model(EvaluationSettings(base_model=str(tiny_model)), torch.float32)
+    text = tokenizer("The better recommendation is Option A.", return_tensors="pt")["input_ids"]
+    embeddings = model.get_input_embeddings()(text).detach()
+    with torch.no_grad():
+        before = model.eval()(inputs_embeds=embeddings).logits
+    embeddings.requires_grad_()
+    after = model.train()(inputs_embeds=embeddings).logits
+    after.logsumexp(-1).sum().backward()
+    assert torch.allclose(before, after, atol=1e-4)
+    assert embeddings.grad.norm() > 0
+
+
+@pytest.mark.parametrize("script", ["train_dpo.py", "evaluate_dpo.py"])
+def test_help_and_errors_on_the_command_line(script, tmp_path):
+    def run(*flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, config.ROOT / script, *flags], capture_output=True, text=True, cwd=tmp_path)
+
+    assert "--base_model" in run("--help").stdout
+    wrong = run("--bits", "3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 2
+
+
+def test_an_adapter_of_other_settings_is_a_problem(tmp_path):
+    settings = preset_settings(EvaluationSettings, "small")
+    folder = tmp_path / "adapter"
+    assert "there is no adapter" in config.adapter_problem(folder, settings, "digest")
+    folder.mkdir()
+    assert "no adapter_config.json" in config.adapter_problem(folder, settings, "digest")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("")
+    assert config.adapter_problem(folder, settings, "digest") == ""
+    run = {"settings": {"base_model": config.SMALL_MODEL}, "data": {"test_digest": "digest"}}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert config.adapter_problem(folder, settings, "digest") == ""
+    assert "may have seen the test pairs" in config.adapter_problem(folder, settings, "another")
+    run["settings"]["base_model"] = "another/model"
+    (folder / "run.json").write_text(json.dumps(run))
+    assert "trained on the base model another/model" in config.adapter_problem(folder, settings, "digest")
+    (folder / "run.json").write_text("{")
+    assert "cannot be read" in config.adapter_problem(folder, settings, "digest")
+
+
+def test_without_pip_the_error_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(UserError, match="cannot fetch"):
+        config.fetch_wheel("made-up==1.0", "0" * 64, tmp_path)

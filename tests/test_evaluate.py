@@ -1,0 +1,226 @@
+"""Scoring, measures, verdict and what is written."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import config
+import evaluate_dpo
+import train_dpo
+from config import EvaluationSettings, UserError
+from conftest import REAL_PAIRS, make_pairs
+from data.pairs import ORDERS, load_pairs, preference_row, split_pairs
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model):
+    return config.load_model(EvaluationSettings(base_model=str(tiny_model)), torch.float32)
+
+
+def plain_log_prob(model, tokenizer, prompt: str, response: str) -> float:
+    """log p(response, end of text | prompt) by one ordinary forward pass."""
+    start = len(tokenizer(prompt)["input_ids"])
+    tokens = torch.tensor([*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id])
+    with torch.no_grad():
+        log_probs = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+    return sum(log_probs[position - 1, tokens[position]].item() for position in range(start, len(tokens)))
+
+
+def test_scores_equal_those_of_plain_forward_passes(scorer):
+    model, tokenizer = scorer
+    pairs = make_pairs(7)
+    trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in pairs]
+    decision, response = evaluate_dpo.score(model.eval(), trees, batch_users=3, description="test")
+    assert decision.shape == response.shape == (7, 2)
+    for user, pair in enumerate(pairs):
+        for index, order in enumerate(ORDERS):
+            row = preference_row(pair, order)
+            chosen, rejected = (plain_log_prob(model, tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected"))
+            assert response[user, index] == pytest.approx(chosen - rejected, abs=2e-4)
+            ids = tokenizer(row["prompt"] + evaluate_dpo.STEM, return_tensors="pt")["input_ids"]
+            letters = {letter: tokenizer(f" {letter}")["input_ids"][0] for letter in ORDERS}
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, -1]
+            other = ORDERS[1 - index]
+            assert decision[user, index] == pytest.approx((logits[letters[order]] - logits[letters[other]]).item(), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(scorer):
+    model, tokenizer = scorer
+    trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in make_pairs(9)]
+    alone, together = (evaluate_dpo.score(model.eval(), trees, size, "test") for size in (1, 9))
+    assert np.allclose(alone, together, atol=1e-4)
+
+
+def test_a_tree_computes_each_shared_beginning_once(scorer):
+    _, tokenizer = scorer
+    pair = make_pairs(1)[0]
+    tree = evaluate_dpo.pair_tree(pair, tokenizer)
+    rows = [preference_row(pair, order) for order in ORDERS]
+    texts = [[*tokenizer(row["prompt"] + row[name])["input_ids"]] for row in rows for name in ("chosen", "rejected")]
+    assert len(tree.tokens) < 0.6 * sum(map(len, texts))
+    paths = [path for order in tree.paths for path in order]
+    for text, leaf in zip(texts, [path[-1] for path in paths], strict=True):
+        node, tokens = leaf, []
+        while node >= 0:
+            tokens.append(tree.tokens[node])
+            node = tree.parents[node]
+        assert tokens[::-1] == [*text, tokenizer.eos_token_id]
+
+
+def test_two_adapters_on_one_base_score_as_each_alone(training_flags, flags):
+    train_dpo.main(training_flags)
+    settings = config.parse_settings(EvaluationSettings, flags)
+    _, test = config.load_split(settings)
+    alone = {}
+    for stage in ("sft", "dpo"):
+        model, tokenizer = config.load_model(settings, torch.float32)
+        trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in test]
+        model = evaluate_dpo.load_adapter(model, stage, config.adapter_folder(settings, stage))
+        alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
+    predictions = evaluate_dpo.predict(settings)
+    for stage in ("sft", "dpo"):
+        together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
+        assert np.allclose(together, alone[stage].ravel(), atol=1e-5)
+    assert not np.allclose(alone["sft"], alone["dpo"], atol=1e-5)
+
+
+def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
+    with pytest.raises(UserError, match="no SFT adapter .*\nMake it with: python train_dpo.py --preset small --stage sft"):
+        evaluate_dpo.main(flags)
+    train_dpo.main(training_flags)
+    folder = tmp_path / "outputs" / "evaluation"
+    more = str(config.adapter_folder(config.parse_settings(EvaluationSettings, flags), "dpo"))
+    capsys.readouterr()
+    evaluate_dpo.main([*flags, "--resamples", "200", "--adapters", f"again={more}"])
+    out = capsys.readouterr().out
+    arms = ["always A", "genre overlap", "co-occurrence", "popularity", "base", "sft", "dpo", "again"]
+    assert [line[:13].strip() for line in out.splitlines() if line[:13].strip() in arms] == arms
+    assert "verdict: " in out.splitlines()[-3]
+
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert list(predictions) == [
+        *("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin", "response_margin", "preferred_more_popular")
+    ]
+    assert len(predictions) == len(arms) * 18 * 2
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["arms"]) == arms
+    assert metrics["arms"]["always A"]["ranking_accuracy"] == {"value": 50, "low": 50, "high": 50}
+    assert metrics["arms"]["again"] == metrics["arms"]["dpo"]
+    assert (folder / "figures" / "accuracy.png").exists() and (folder / "figures" / "accuracy.pdf").exists()
+    assert "| popularity |" in (folder / "report.md").read_text()
+
+    before = (folder / "metrics.json").read_bytes()
+    saved = tmp_path / "predictions.csv"
+    saved.write_bytes((folder / "predictions.csv").read_bytes())
+    evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved), "--outputs", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
+
+
+def test_an_adapter_of_another_split_is_refused(training_flags, flags):
+    train_dpo.main(training_flags)
+    with pytest.raises(UserError, match="it may have seen the test pairs"):
+        evaluate_dpo.main([*flags, "--test_share", "0.4"])
+
+
+def predictions_of(**arms: np.ndarray) -> pd.DataFrame:
+    """Rows of predictions.csv from decision margins (users, orders)."""
+    pairs = make_pairs(len(next(iter(arms.values()))))
+    counts = evaluate_dpo.film_counts(pairs)
+    return pd.concat([evaluate_dpo.frame(arm, "model", pairs, counts, margin, margin) for arm, margin in arms.items()])
+
+
+def test_measures_are_what_arithmetic_says():
+    always_a = np.tile([1.0, -1.0], (40, 1))
+    perfect = np.full((40, 2), 2.0)
+    only_in_a = np.tile([3.0, -1.0], (40, 1))
+    metrics = evaluate_dpo.compute_metrics(predictions_of(a=always_a, perfect=perfect, only_a=only_in_a), 100, 0)
+    found = {arm: {name: measures[name]["value"] for name in evaluate_dpo.MEASURES} for arm, measures in metrics["arms"].items()}
+    assert (found["a"]["ranking_accuracy"], found["a"]["position_bias"], found["a"]["swap_consistency"]) == (50, 100, 0)
+    assert found["a"]["order_free_accuracy"] == 50, "ties count one half"
+    assert (found["perfect"]["ranking_accuracy"], found["perfect"]["position_bias"]) == (100, 0)
+    assert (found["perfect"]["swap_consistency"], found["perfect"]["decision_margin"]) == (100, 2)
+    assert (found["only_a"]["ranking_accuracy"], found["only_a"]["order_free_accuracy"]) == (50, 100)
+    assert "dpo_minus_sft" not in metrics
+
+
+def test_an_arm_that_answers_one_letter_is_told_so():
+    always_b = np.tile([-1.0, 1.0], (40, 1))
+    found = evaluate_dpo.compute_metrics(predictions_of(sft=always_b, dpo=always_b), 100, 0)["dpo_minus_sft"]
+    assert any("dpo answers B" in caveat for caveat in found["caveats"])
+
+
+def test_verdict_rules():
+    for difference, low, high, wanted in [
+        (3.0, 0.5, 5.5, "SUPPORTED"),
+        (-2.0, -3.5, -0.5, "NOT SUPPORTED"),
+        (0.3, -0.4, 0.9, "PARTIAL: comparable"),
+        (1.5, 0.4, 2.6, "PARTIAL: small gain"),
+        (3.0, -1.0, 7.0, "INCONCLUSIVE"),
+        (-3.0, -7.0, 1.0, "INCONCLUSIVE"),
+    ]:
+        assert evaluate_dpo.verdict(difference, low, high) == wanted
+
+
+def test_the_paired_bootstrap_agrees_with_scipy():
+    random = np.random.default_rng(5)
+    values = np.column_stack([random.random(150) < 0.7, random.random(150) < 0.6]).astype(float)
+    samples = evaluate_dpo.bootstrap_means(values, 20_000, seed=1)
+    low, high = evaluate_dpo.percentile_interval(samples[:, 0] - samples[:, 1])
+    reference = stats.bootstrap(
+        (values[:, 0], values[:, 1]), lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=True, n_resamples=20_000, method="percentile", rng=2
+    ).confidence_interval
+    assert (low, high) == pytest.approx(tuple(reference), abs=0.01)
+
+
+def test_mcnemar_and_detectable_difference():
+    one, other = np.array([1] * 15 + [0] * 5 + [1] * 30), np.array([0] * 15 + [1] * 5 + [1] * 30)
+    assert evaluate_dpo.mcnemar(one, other) == pytest.approx(2 * stats.binom.cdf(5, 20, 0.5))
+    assert evaluate_dpo.mcnemar(one, one) == 1
+    differences = np.random.default_rng(0).normal(0, 10, 400)
+    shift = evaluate_dpo.detectable_difference(differences)
+    power = stats.norm.cdf(shift / (differences.std(ddof=1) / 20) - stats.norm.ppf(0.975))
+    assert power == pytest.approx(0.8, abs=1e-6)
+
+
+def test_a_model_that_always_says_a_scores_exactly_half(scorer):
+    model, tokenizer = scorer
+    trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in make_pairs(8)]
+    letter = tokenizer(" A")["input_ids"][0]
+
+    def prefer_a(module, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([letter]), 100.0)
+
+    hook = model.get_output_embeddings().register_forward_hook(prefer_a)
+    decision, _ = evaluate_dpo.score(model.eval(), trees, 4, "always A")
+    hook.remove()
+    assert evaluate_dpo.wins(decision).mean() == 0.5
+    assert (decision[:, 0] > 0).all() and (decision[:, 1] < 0).all()
+
+
+@pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the 6,040 real pairs are not on this machine")
+def test_baselines_on_the_real_pairs():
+    train, test = split_pairs(load_pairs(REAL_PAIRS))
+    accuracy = {arm: evaluate_dpo.wins(margin).mean() for arm, margin in evaluate_dpo.baseline_margins(train, test).items()}
+    assert accuracy["always A"] == 0.5
+    assert accuracy["popularity"] == pytest.approx(0.83, abs=0.02)
+    assert 0.7 < accuracy["co-occurrence"] < 0.8
+    assert 0.6 < accuracy["genre overlap"] < 0.75
+
+
+def test_baselines_are_fitted_on_the_training_part_only():
+    pairs = make_pairs(30)
+    margins = evaluate_dpo.baseline_margins([], pairs)
+    assert not margins["popularity"].any() and not margins["co-occurrence"].any() and not margins["genre overlap"].any()
+
+
+@pytest.mark.parametrize("content", ["", "arm,kind\na,b\n"])
+def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content):
+    path = tmp_path / "p.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match="predictions.csv"):
+        evaluate_dpo.read_predictions(path)

@@ -1,0 +1,168 @@
+"""Training, end to end on a tiny random Llama in 4 bits."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config
+import train_dpo
+from config import TrainingSettings, UserError, parse_settings
+from conftest import make_pairs
+from data.pairs import ids_digest, load_pairs, preference_rows, split_pairs, write_pairs
+
+
+def run_of(flags: list[str], stage: str) -> dict:
+    return json.loads((folder_of(flags, stage) / "run.json").read_text())
+
+
+def folder_of(flags: list[str], stage: str) -> Path:
+    return config.adapter_folder(parse_settings(TrainingSettings, flags), stage)
+
+
+@pytest.mark.parametrize("init", ["base", "sft"])
+def test_the_first_dpo_loss_is_ln_2(training_flags, init):
+    train_dpo.main([*training_flags, "--init", init])
+    run = run_of(training_flags, "dpo")
+    assert run["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert run["last_loss"] != run["first_loss"]
+    assert all(entry["grad_norm"] > 0 for entry in run["log_history"] if "grad_norm" in entry), "after evaluations, too"
+    assert any("eval_loss" in entry for entry in run["log_history"])
+    assert run["initial_adapter"] == (str(folder_of(training_flags, "sft")) if init == "sft" else None)
+
+
+def test_a_finished_run_leaves_whole_adapters_and_their_story(training_flags, pairs_file, capsys):
+    train_dpo.main(training_flags)
+    run = run_of(training_flags, "dpo")
+    folder = folder_of(training_flags, "dpo")
+    train, test = split_pairs(load_pairs(pairs_file), 0.3)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder_of(training_flags, "dpo").name, folder_of(training_flags, "sft").name]
+    assert (folder / "loss.png").stat().st_size > 10_000
+    assert not (folder / "ref").exists(), "only the policy is saved"
+    assert run["settings"]["beta"] == 0.1 and run["settings"]["seed"] == 3407
+    assert run["data"]["pairs_sha256"] == config.file_sha256(pairs_file)
+    assert run["data"]["test_digest"] == ids_digest(test)
+    assert run["data"]["train_pairs"] == len(train) - 4
+    assert run["steps"] == 3 and run["packages"]["trl"] and run["wall_seconds"] > 0 and run["peak_memory_gb"] > 0
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == training_flags[3]
+    assert all(weight.dtype == torch.float32 for weight in load_file(folder / "adapter_model.safetensors").values())
+
+    before = (folder_of(training_flags, "sft") / "run.json").stat().st_mtime_ns
+    capsys.readouterr()
+    train_dpo.main(training_flags)
+    assert "is there and is not trained again" in capsys.readouterr().out
+    assert (folder_of(training_flags, "sft") / "run.json").stat().st_mtime_ns == before
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(training_flags, tmp_path):
+    weights = []
+    for seed, name in (("1", "x"), ("1", "y"), ("2", "z")):
+        flags = [*training_flags, "--stage", "sft", "--seed", seed, "--outputs", str(tmp_path / name)]
+        train_dpo.main(flags)
+        weights.append(load_file(folder_of(flags, "sft") / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_dpo_from_sft_starts_at_the_sft_adapter_and_refers_to_it(training_flags):
+    train_dpo.main([*training_flags, "--stage", "sft"])
+    settings = parse_settings(TrainingSettings, [*training_flags, "--validation_pairs", "0"])
+    rows = preference_rows(make_pairs(20))
+    trainer = train_dpo.build_trainer("dpo", settings, rows, [], folder_of(training_flags, "sft"))
+    saved = load_file(folder_of(training_flags, "sft") / "adapter_model.safetensors")
+    weights = dict(trainer.model.named_parameters())
+    trainable = {name for name, weight in weights.items() if weight.requires_grad}
+    assert trainable == {name for name in weights if ".default." in name}
+    for name in trainable:
+        assert weights[name].dtype == torch.float32
+        assert torch.equal(weights[name], saved[name.replace(".default", "")]), "not rounded to bfloat16 on the way"
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    for name in trainable:
+        assert torch.equal(after[name.replace(".default.", ".ref.")], saved[name.replace(".default", "")]), "the reference moved"
+    assert any(not torch.equal(after[name], saved[name.replace(".default", "")]) for name in trainable)
+
+
+def test_loss_is_on_the_completion_only_and_every_row_keeps_its_boundary(training_flags):
+    settings = parse_settings(TrainingSettings, [*training_flags, "--validation_pairs", "0"])
+    rows = preference_rows(make_pairs(40), "both")
+    trainer = train_dpo.build_trainer("sft", settings, rows, [])
+    tokenizer = trainer.processing_class
+    assert len(trainer.train_dataset) == len(rows)
+    for row, text in zip(trainer.train_dataset, rows, strict=True):
+        labels = trainer.data_collator([row])["labels"][0]
+        assert tokenizer.decode(labels[labels != -100]) == text["chosen"] + tokenizer.eos_token
+    trainer = train_dpo.build_trainer("dpo", settings, rows, [])
+    assert len(trainer.train_dataset) == len(rows)
+    for row, text in zip(trainer.train_dataset, rows, strict=True):
+        assert tokenizer.decode(row["prompt_ids"]) == text["prompt"]
+        assert tokenizer.decode(row["chosen_ids"]) == text["chosen"] + tokenizer.eos_token
+        assert tokenizer.decode(row["rejected_ids"]) == text["rejected"] + tokenizer.eos_token
+
+
+def test_a_wrong_reference_stops_the_run(training_flags, monkeypatch):
+    train_dpo.main([*training_flags, "--stage", "sft"])
+    build = train_dpo.build_trainer
+
+    def tampered(*arguments):
+        trainer = build(*arguments)
+        for name, weight in trainer.model.named_parameters():
+            if ".ref." in name:
+                weight.data += 0.5
+        return trainer
+
+    monkeypatch.setattr(train_dpo, "build_trainer", tampered)
+    with pytest.raises(UserError, match="the reference is not the policy"):
+        train_dpo.main([*training_flags, "--stage", "dpo"])
+    assert not folder_of(training_flags, "dpo").exists()
+
+
+def test_validation_and_used_pairs_come_from_the_training_users(training_flags, pairs_file):
+    settings = parse_settings(TrainingSettings, [*training_flags, "--max_pairs", "10"])
+    train, test = config.load_split(settings)
+    used, validation = train_dpo.hold_back(train, settings)
+    assert (len(used), len(validation), len(test)) == (10, 4, 18)
+    assert not {pair.user_id for pair in used} & {pair.user_id for pair in validation}
+    assert {*used, *validation} <= {*train}
+    with pytest.raises(UserError, match="fewer than one step"):
+        train_dpo.hold_back(train[:6], settings)
+
+
+def test_check_tells_what_was_found_and_writes_nothing(training_flags, tmp_path, capsys):
+    train_dpo.main([*training_flags, "--check"])
+    out = capsys.readouterr().out
+    for found in ("60 in", "42 train, 18 test", "48 A, 12 B; one letter alone would score 80%", "19 A, 19 B", "ready to train"):
+        assert found in out
+    assert not (tmp_path / "outputs").exists()
+    with pytest.raises(SystemExit):
+        train_dpo.main([*training_flags, "--check", "--stage", "dpo"])
+    assert "there is no adapter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (["--max_length", "50"], "more than max_length 50"),
+        (["--stage", "dpo"], "there is no adapter at"),
+        (["--sft_adapter", "nowhere"], "there is no adapter at nowhere"),
+        (["--pairs", "nowhere.jsonl"], "no pairs file nowhere.jsonl"),
+        (["--base_model", "nowhere"], "cannot load the base model nowhere"),
+    ],
+)
+def test_a_run_that_cannot_work_ends_before_the_model_is_loaded(training_flags, extra, problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=problem):
+        train_dpo.main([*training_flags, *extra])
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_broken_pairs_train_nothing(training_flags, pairs_file, tmp_path):
+    write_pairs(pairs_file, make_pairs(3))
+    with open(pairs_file, "a") as file:
+        file.write("junk\n")
+    with pytest.raises(UserError, match="line 4: not JSON"):
+        train_dpo.main(training_flags)
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,437 @@
+"""Train the two adapters that evaluate_dpo.py compares: SFT, and DPO.
+
+    python train_dpo.py                    # SFT where its adapter is missing, then DPO
+    python train_dpo.py --check            # look at everything, train nothing
+    python train_dpo.py --stage dpo --init base --beta 0.2
+    python train_dpo.py --help             # all settings
+
+Pairs -> preference rows -> SFT on the chosen responses -> DPO on chosen against rejected -> an adapter folder with
+`run.json` (settings, data, versions, log) and `loss.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import config
+from config import TrainingSettings, UserError
+from data.pairs import STEM, Pair, ids_digest, preference_rows
+
+GIGABYTE = 1e9
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    settings = config.parse_settings(TrainingSettings, arguments)
+    config.quiet_libraries()
+    train, test = config.load_split(settings)
+    used, validation = hold_back(train, settings)
+    rows = preference_rows(used, settings.option_order, settings.seed)
+    validation_rows = preference_rows(validation, "both")
+    checks = run_checks(settings, train, test, rows, validation_rows)
+    if settings.check:
+        print_checks(checks)
+        return
+    for what, found, remedy in checks:
+        if remedy:
+            raise UserError(f"{what}: {found}", remedy)
+
+    split = {
+        "pairs_sha256": config.file_sha256(settings.pairs),
+        "train_pairs": len(used),
+        "train_digest": ids_digest(used),
+        "validation_pairs": len(validation),
+        "test_pairs": len(test),
+        "test_digest": ids_digest(test),
+    }
+    sft_adapter = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
+    if settings.stage == "sft" or (settings.stage == "all" and not sft_adapter.is_dir()):
+        train_stage("sft", settings, rows, validation_rows, split)
+    elif settings.stage == "all":
+        print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does)")
+    if settings.stage != "sft":
+        train_stage("dpo", settings, rows, validation_rows, split, sft_adapter if settings.init == "sft" else None)
+
+
+def hold_back(train: list[Pair], settings: TrainingSettings) -> tuple[list[Pair], list[Pair]]:
+    """(used, validation): validation comes out of the training users, so that no test user is looked at."""
+    by_hash = sorted(train, key=lambda pair: (pair.user_id, pair.pair_id))
+    held_back = {pair.user_id for pair in by_hash[: settings.validation_pairs]}
+    validation = [pair for pair in by_hash if pair.user_id in held_back]
+    used = [pair for pair in by_hash if pair.user_id not in held_back][: settings.max_pairs]
+    if len(used) < settings.effective_batch:
+        raise UserError(
+            f"{len(used)} pairs are left to train on, fewer than one step's {settings.effective_batch}",
+            f"Lower --validation_pairs ({settings.validation_pairs}), or give more pairs.",
+        )
+    return used, validation
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def train_stage(
+    stage: str,
+    settings: TrainingSettings,
+    rows: list[dict[str, str]],
+    validation_rows: list[dict[str, str]],
+    split: dict[str, Any],
+    initial_adapter: Path | None = None,
+) -> Path:
+    """Train one stage (`sft` or `dpo`) and write its adapter folder, whole or not at all; returns the folder."""
+    from transformers import set_seed
+
+    began = time.monotonic()
+    folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
+    start = f"the adapter {initial_adapter}" if initial_adapter else "the base model"
+    print(f"{stage}: {len(rows):,} rows from {start}, {settings.bits}-bit {settings.base_model}", flush=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
+    trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter)
+    trainer.train()
+    if trainer.eval_dataset is not None and "eval_loss" not in trainer.state.log_history[-2]:
+        trainer.evaluate()
+
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    run = {
+        "stage": stage,
+        "settings": dataclasses.asdict(settings),
+        "initial_adapter": str(initial_adapter) if initial_adapter else None,
+        "data": split,
+        "rows": len(rows),
+        "steps": trainer.state.global_step,
+        "rows_seen": trainer.state.global_step * settings.effective_batch,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "train_seconds": round(seconds, 1),
+        "rows_per_second": round(trainer.state.global_step * settings.effective_batch / seconds, 3),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "peak_memory_gb": round(peak_memory(), 2),
+        "backend": config.backend_of(settings),
+        **config.environment_facts(),
+        "log_history": history,
+    }
+    with config.whole_folder(folder) as made:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.peft_config["default"].base_model_name_or_path = settings.base_model
+        model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False)
+        trainer.processing_class.save_pretrained(made)
+        config.write_json(made / "run.json", run)
+        plot_losses(history, stage, made / "loss.png")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    print(
+        f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} in {run['steps']} steps, "
+        f"{run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB -> {folder}",
+        flush=True,
+    )
+    del trainer, model
+    gc.collect()
+    return folder
+
+
+def build_trainer(
+    stage: str,
+    settings: TrainingSettings,
+    rows: list[dict[str, str]],
+    validation_rows: list[dict[str, str]],
+    initial_adapter: Path | None = None,
+) -> Any:
+    """TRL's trainer for one stage, on a freshly loaded base model.
+
+    The reference of DPO is the policy that it starts from: the base model with the adapter off, or, from an
+    initial adapter, a frozen copy of it (which TRL makes of any PeftModel). At the first step policy and
+    reference are equal and the loss is ln 2.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import ProgressCallback
+    from trl import DPOTrainer, SFTTrainer
+
+    model, tokenizer = config.load_model(settings, config.training_dtype(), config.backend_of(settings))
+    adapter: dict[str, Any] = {}
+    if initial_adapter is None:
+        adapter["peft_config"] = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=config.LORA_TARGETS,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+    else:
+        model = PeftModel.from_pretrained(model, initial_adapter, is_trainable=True)
+    if stage == "sft":
+        rows, validation_rows = (
+            [{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, validation_rows)
+        )
+    trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage](
+        model=model,
+        args=trainer_arguments(stage, settings),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
+        processing_class=tokenizer,
+        callbacks=[training_health(stage)],
+        **adapter,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(progress_bar(stage))
+    keep_adapter_in_float32(trainer.model)
+    return trainer
+
+
+def trainer_arguments(stage: str, settings: TrainingSettings) -> Any:
+    """TRL's configuration of one stage; what another backend would set otherwise is given in full."""
+    import torch
+    from trl import DPOConfig, SFTConfig
+
+    shared = dict(
+        output_dir=str(config.checkpoints_folder(settings, stage)),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        max_length=None,  # run_checks has seen that every row fits; a cut row would be dropped in silence
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.effective_batch // settings.batch_size,
+        optim=settings.optim,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=config.training_dtype() == torch.bfloat16,
+        fp16=False,
+        use_cpu=not config.cuda_present(),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=config.cuda_present(),
+        eval_strategy="steps" if settings.validation_pairs else "no",
+        eval_steps=settings.eval_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        report_to=settings.report_to,
+        disable_tqdm=False,
+    )
+    if stage == "sft":
+        return SFTConfig(
+            num_train_epochs=settings.sft_epochs,
+            learning_rate=settings.sft_learning_rate,
+            completion_only_loss=True,
+            packing=False,
+            padding_free=False,
+            **shared,
+        )
+    return DPOConfig(
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        beta=settings.beta,
+        loss_type=[settings.loss_type],
+        disable_dropout=True,
+        precompute_ref_log_probs=False,
+        **shared,
+    )
+
+
+def keep_adapter_in_float32(model: Any) -> None:
+    """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round small updates away.
+
+    Where the policy has a frozen copy of itself as reference, its weights come from that copy, which the cast
+    left alone, so that both are equal again.
+    """
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            source = weights.get(name.replace(".default.", ".ref."), weight)
+            weight.data = source.detach().float().clone()
+
+
+def training_health(stage: str) -> Any:
+    """A callback that stops a run whose first step shows that it cannot learn, or learns against a wrong reference."""
+    from transformers import TrainerCallback
+
+    class TrainingHealth(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):  # noqa: ANN001
+            if state.global_step != 1 or "loss" not in logs:
+                return
+            if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
+                raise UserError(f"{stage}: the first loss is {logs['loss']}", "Lower the learning rate, or compute in float32.")
+            if logs["grad_norm"] == 0:
+                raise UserError(f"{stage}: every gradient is zero", "Check that the adapter is trainable.")
+            if abs(logs.get("rewards/margins", 0)) > 1e-3:
+                raise UserError(
+                    f"{stage}: the first reward margin is {logs['rewards/margins']} and not 0: the reference is not the "
+                    "policy that training starts from",
+                    "Check --init and --sft_adapter.",
+                )
+
+    return TrainingHealth()
+
+
+def progress_bar(stage: str) -> Any:
+    """transformers' progress bar, with the loss beside the time left instead of a printed line a step."""
+    from transformers import ProgressCallback
+
+    class Progress(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(stage)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001
+            if self.training_bar is None or logs is None:
+                return
+            shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_loss": "held-out loss"}
+            values = {label: f"{logs[name]:.4f}" for name, label in shown.items() if name in logs}
+            if values:
+                self.training_bar.set_postfix(values)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):  # noqa: ANN001
+            pass  # a second bar would hide the first
+
+    return Progress()
+
+
+def peak_memory() -> float:
+    """Peak memory in GB: the GPU's where there is one, else the process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIGABYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIGABYTE
+
+
+def plot_losses(history: list[dict[str, float]], stage: str, path: Path) -> None:
+    """Draw the log: loss on training and held-out pairs and, for DPO, reward margin and reward accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"loss": "loss"}
+    if stage == "dpo":
+        panels |= {"rewards/margins": "reward margin (nats)", "rewards/accuracies": "reward accuracy"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.8), squeeze=False, layout="constrained")
+    for axis, (name, label) in zip(axes[0], panels.items(), strict=True):
+        for prefix, style, who in (("", "-", "training"), ("eval_", "o--", "held out")):
+            points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color="black" if prefix else "tab:blue", label=who, markersize=4)
+        axis.set(xlabel="step", ylabel=label)
+    axes[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+Check = tuple[str, str, str]  # what, what was found, how to mend it ("" where all is well)
+
+
+def run_checks(
+    settings: TrainingSettings,
+    train: list[Pair],
+    test: list[Pair],
+    rows: list[dict[str, str]],
+    validation_rows: list[dict[str, str]],
+) -> list[Check]:
+    """Look at all that a run needs, before a model is loaded; each finding is (what, found, remedy or "")."""
+    import psutil
+    import torch
+
+    unmet = config.unmet_requirements()
+    remedy = f"{sys.executable} -m pip install -r requirements.txt" if unmet else ""
+    checks = [("packages", ", ".join(unmet) or "as in requirements.txt", remedy)]
+    facts = config.environment_facts()
+    checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
+
+    tokenizer = config.load_tokenizer(settings)
+    parameters = config.parameter_count(settings.base_model)
+    needed = 1.5 + parameters * settings.bits / 8 * 1.3 / GIGABYTE
+    free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
+    model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
+    remedy = "" if free / GIGABYTE >= needed else "Free memory, or lower --bits."
+    checks.append(("base model", f"{model}, trained by {config.backend_of(settings)}", ""))
+    checks.append(("memory", f"{free / GIGABYTE:.1f} GB free, at least {needed:.1f} GB needed", remedy))
+    outputs = Path(settings.outputs).absolute()
+    disk = shutil.disk_usage(next(folder for folder in (outputs, *outputs.parents) if folder.exists())).free / GIGABYTE
+    remedy = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
+    checks.append(("disk", f"{disk:.1f} GB free for {settings.outputs}", remedy))
+
+    answers = Counter(pair.order for pair in train + test)
+    checks.append(("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""))
+    leak = "; one letter alone would score " + f"{max(answers.values()) / answers.total():.0%} in this order"
+    checks.append(("answers in the file", f"{answers['A']:,} A, {answers['B']:,} B" + leak, ""))
+    in_a = sum(row["chosen"].startswith(f"{STEM} A") for row in rows)
+    checks.append(("rows", f"{len(rows):,} for training ({settings.option_order}): {in_a:,} A, {len(rows) - in_a:,} B", ""))
+    longest = check_tokens(rows + validation_rows, tokenizer, settings.max_length)
+    checks.append(("longest row", f"{longest} tokens of at most {settings.max_length}", ""))
+
+    for stage, epochs in (("sft", settings.sft_epochs), ("dpo", settings.epochs)):
+        steps = math.ceil(math.ceil(len(rows) / settings.effective_batch) * epochs)
+        steps = min(steps, settings.max_steps) if settings.max_steps > 0 else steps
+        folder = config.adapter_folder(settings, stage)
+        plan = f"{steps:,} steps of {settings.effective_batch}; {folder} {'is there' if folder.is_dir() else 'is not there yet'}"
+        checks.append((stage, plan, ""))
+    checks.append(starting_point(settings, ids_digest(test)))
+    return checks
+
+
+def starting_point(settings: TrainingSettings, test_digest: str) -> Check:
+    """What DPO starts from, and whether an adapter that is there already fits this base model and split."""
+    folder = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
+    if settings.stage == "sft" or settings.init == "base":
+        return ("DPO starts from", "the base model" if settings.init == "base" else "nothing: only SFT is trained", "")
+    if settings.stage == "all" and settings.sft_adapter is None and not folder.is_dir():
+        return ("DPO starts from", "the SFT adapter that is trained first", "")
+    problem = config.adapter_problem(folder, settings, test_digest)
+    remedy = "Train it with --stage sft, or give --sft_adapter." if problem else ""
+    return ("DPO starts from", problem or str(folder), remedy)
+
+
+def check_tokens(rows: list[dict[str, str]], tokenizer: Any, max_length: int) -> int:
+    """The longest row in tokens, end-of-text included.
+
+    Raises:
+        UserError: a row is longer than max_length, or its prompt's tokens change when a response follows.
+    """
+    longest = 0
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    for response in ("chosen", "rejected"):
+        texts = tokenizer([row["prompt"] + row[response] for row in rows])["input_ids"]
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if text[: len(prompt)] != prompt:
+                raise UserError(
+                    f"row {number}: this tokenizer merges the prompt's end with the response's beginning",
+                    "Use a base model whose tokenizer keeps a newline apart from what follows.",
+                )
+            longest = max(longest, len(text) + 1)
+    if longest > max_length:
+        raise UserError(f"the longest row has {longest} tokens, more than max_length {max_length}", f"Give --max_length {longest}.")
+    return longest
+
+
+def print_checks(checks: list[Check]) -> None:
+    width = max(len(what) for what, _, _ in checks)
+    for what, found, remedy in checks:
+        print(f"{'!!' if remedy else 'ok'}  {what:<{width}}  {found}" + (f"\n    {'':<{width}}  {remedy}" if remedy else ""))
+    problems = sum(bool(remedy) for _, _, remedy in checks)
+    print("ready to train" if not problems else f"{problems} thing(s) to mend before training")
+    if problems:
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    config.run_script(main)
