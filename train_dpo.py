@@ -88,16 +88,12 @@ def train_stage(
     initial_adapter: Path | None = None,
 ) -> Path:
     """Train one stage (`sft` or `dpo`) and write its adapter folder, whole or not at all; returns the folder."""
-    from transformers import set_seed
-
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     start = f"the adapter {initial_adapter}" if initial_adapter else "the base model"
     print(f"{stage}: {len(rows):,} rows from {start}, {settings.bits}-bit {settings.base_model}", flush=True)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
-    trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter)
-    trainer.train()
+    trainer, batch_size = train_within_memory(stage, settings, rows, validation_rows, initial_adapter)
     if trainer.eval_dataset is not None and "eval_loss" not in trainer.state.log_history[-2]:
         trainer.evaluate()
 
@@ -117,27 +113,86 @@ def train_stage(
         "train_seconds": round(seconds, 1),
         "rows_per_second": round(trainer.state.global_step * settings.effective_batch / seconds, 3),
         "wall_seconds": round(time.monotonic() - began, 1),
+        "batch_size": batch_size,
+        "processes": config.process_count(),
         "peak_memory_gb": round(peak_memory(), 2),
         "backend": config.backend_of(settings),
         **config.environment_facts(),
         "log_history": history,
     }
-    with config.whole_folder(folder) as made:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.peft_config["default"].base_model_name_or_path = settings.base_model
-        model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False)
-        trainer.processing_class.save_pretrained(made)
-        config.write_json(made / "run.json", run)
-        plot_losses(history, stage, made / "loss.png")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    save_adapter(trainer, folder, settings, run)
+    if config.is_main_process():
+        shutil.rmtree(checkpoints, ignore_errors=True)
     print(
         f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} in {run['steps']} steps, "
         f"{run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB -> {folder}",
         flush=True,
     )
-    del trainer, model
-    gc.collect()
+    del trainer
+    free_memory()
     return folder
+
+
+def train_within_memory(
+    stage: str,
+    settings: TrainingSettings,
+    rows: list[dict[str, str]],
+    validation_rows: list[dict[str, str]],
+    initial_adapter: Path | None,
+) -> tuple[Any, int]:
+    """(trained trainer, micro-batch): out of memory, the stage starts again with half the micro-batch.
+
+    The effective batch stays as it is, and so do the seed and the starting weights, so that what is trained does
+    not depend on how often memory ran out.
+    """
+    import torch
+    from transformers import set_seed
+
+    if settings.gpu_memory_gb and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
+    share = settings.effective_batch // config.process_count()
+    batch_size = settings.batch_size or config.fitting_batch_size(settings, share)
+    while True:
+        set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
+        try:
+            trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter, batch_size)
+            trainer.train()
+            return trainer, batch_size
+        except torch.OutOfMemoryError:
+            trainer = None  # goes on below, where the error no longer holds on to the tensors
+        if batch_size == 1 or config.process_count() > 1:
+            raise UserError(
+                f"{stage}: out of memory with a micro-batch of {batch_size}",
+                "Lower --batch_size, --max_length or --lora_rank, or give --gradient_checkpointing true.",
+            )
+        free_memory()
+        shutil.rmtree(config.checkpoints_folder(settings, stage), ignore_errors=True)
+        batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
+        accumulation = share // batch_size
+        print(f"{stage}: out of memory; starting again with micro-batches of {batch_size}, {accumulation} to a step", flush=True)
+
+
+def free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> None:
+    """Write the adapter folder, whole or not at all; under `accelerate launch` the first process writes."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if config.under_fsdp() else None
+    if config.is_main_process():
+        with config.whole_folder(folder) as made:
+            model.peft_config["default"].base_model_name_or_path = settings.base_model
+            model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
+            trainer.processing_class.save_pretrained(made)
+            config.write_json(made / "run.json", run)
+            plot_losses(run["log_history"], run["stage"], made / "loss.png")
+    trainer.accelerator.wait_for_everyone()
 
 
 def build_trainer(
@@ -146,6 +201,7 @@ def build_trainer(
     rows: list[dict[str, str]],
     validation_rows: list[dict[str, str]],
     initial_adapter: Path | None = None,
+    batch_size: int = 1,
 ) -> Any:
     """TRL's trainer for one stage, on a freshly loaded base model.
 
@@ -154,21 +210,16 @@ def build_trainer(
     reference are equal and the loss is ln 2.
     """
     from datasets import Dataset
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import ProgressCallback
     from trl import DPOTrainer, SFTTrainer
 
-    model, tokenizer = config.load_model(settings, config.training_dtype(), config.backend_of(settings))
+    model, tokenizer = config.load_model(settings, config.training_dtype())
     adapter: dict[str, Any] = {}
-    if initial_adapter is None:
-        adapter["peft_config"] = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=config.LORA_TARGETS,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
+    if config.backend_of(settings) == "unsloth":
+        model = config.add_unsloth_adapter(model, settings, initial_adapter)
+    elif initial_adapter is None:
+        adapter["peft_config"] = config.lora_config(settings)
     else:
         model = PeftModel.from_pretrained(model, initial_adapter, is_trainable=True)
     if stage == "sft":
@@ -177,7 +228,7 @@ def build_trainer(
         )
     trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage](
         model=model,
-        args=trainer_arguments(stage, settings),
+        args=trainer_arguments(stage, settings, batch_size),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
@@ -186,11 +237,12 @@ def build_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress_bar(stage))
-    keep_adapter_in_float32(trainer.model)
+    if not config.under_fsdp():  # which shards what has one dtype
+        keep_adapter_in_float32(trainer.model)
     return trainer
 
 
-def trainer_arguments(stage: str, settings: TrainingSettings) -> Any:
+def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -> Any:
     """TRL's configuration of one stage; what another backend would set otherwise is given in full."""
     import torch
     from trl import DPOConfig, SFTConfig
@@ -199,11 +251,11 @@ def trainer_arguments(stage: str, settings: TrainingSettings) -> Any:
         output_dir=str(config.checkpoints_folder(settings, stage)),
         seed=settings.seed,
         data_seed=settings.seed,
-        max_length=None,  # run_checks has seen that every row fits; a cut row would be dropped in silence
+        max_length=settings.max_length,  # run_checks has seen that every row fits: none is cut, none dropped
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.effective_batch // settings.batch_size,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=settings.effective_batch // config.process_count() // batch_size,
         optim=settings.optim,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_steps,
@@ -351,9 +403,11 @@ def run_checks(
     import psutil
     import torch
 
-    unmet = config.unmet_requirements()
-    remedy = f"{sys.executable} -m pip install -r requirements.txt" if unmet else ""
-    checks = [("packages", ", ".join(unmet) or "as in requirements.txt", remedy)]
+    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"]
+    unmet = config.unmet_requirements([*packages, *(["unsloth"] if config.backend_of(settings) == "unsloth" else [])])
+    remedy = f"Run {sys.executable} -m pip install -r requirements.txt" if None in unmet.values() else ""
+    differing = ", ".join(f"{wanted} is wanted, {version} installed" for wanted, version in unmet.items())
+    checks = [("packages", differing or "as in requirements.txt", remedy)]
     facts = config.environment_facts()
     checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
 

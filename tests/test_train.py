@@ -166,3 +166,42 @@ def test_broken_pairs_train_nothing(training_flags, pairs_file, tmp_path):
     with pytest.raises(UserError, match="line 4: not JSON"):
         train_dpo.main(training_flags)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_out_of_memory_halves_the_micro_batch_and_starts_again_cleanly(training_flags, monkeypatch, capsys):
+    flags = [flag for flag in training_flags if flag != "2"]
+    flags.remove("--batch_size")
+    reference = [*flags, "--stage", "sft", "--batch_size", "1", "--outputs", training_flags[9] + "-reference"]
+    train_dpo.main(reference)
+    build = train_dpo.build_trainer
+    sizes = []
+
+    def short_of_memory(*arguments):
+        trainer, batch_size = build(*arguments), arguments[-1]
+        sizes.append((batch_size, trainer.args.gradient_accumulation_steps))
+        step = trainer.training_step
+
+        def training_step(*step_arguments, **named):
+            if batch_size > 1 and trainer.state.global_step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step(*step_arguments, **named)
+
+        trainer.training_step = training_step
+        return trainer
+
+    monkeypatch.setattr(train_dpo, "build_trainer", short_of_memory)
+    train_dpo.main([*flags, "--stage", "sft", "--batch_size", "4"])
+    assert sizes == [(4, 1), (2, 2), (1, 4)]
+    assert capsys.readouterr().out.count("out of memory; starting again") == 2
+    assert run_of(flags, "sft")["batch_size"] == 1
+    survived, undisturbed = (load_file(folder_of(case, "sft") / "adapter_model.safetensors") for case in (flags, reference))
+    assert all(torch.equal(survived[name], undisturbed[name]) for name in survived)
+
+
+def test_out_of_memory_at_micro_batch_1_says_what_to_lower(training_flags, monkeypatch):
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_dpo, "build_trainer", no_memory)
+    with pytest.raises(UserError, match="out of memory with a micro-batch of 1\nLower"):
+        train_dpo.main([*training_flags, "--batch_size", "1"])

@@ -1,0 +1,209 @@
+"""DPO on a GPU: pairs a second and memory, by backend and micro-batch, on the shape of Llama 3 8B.
+
+    python tests/benchmarks/gpu.py --pairs data/contrastive_rec_train.jsonl --memory_gb 24
+    python tests/benchmarks/gpu.py --model FOLDER --pairs ...        # any model folder instead
+
+Builds a model with Llama 3 8B's shape and random weights in NF4 (for speed and memory, random weights are as good as
+any), trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
+Pairs a second are over the steps after three of warm-up. The share of the matrix rate counts 6 FLOP a weight and token
+(2 forward and 2 back through the frozen policy, 2 forward through the reference; recomputation is not counted) against
+the rate that bf16 matrix products of 8192 x 8192 reach on the same card.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+WARM_UP, TIMED = 3, 8
+CASES = [  # backend, micro-batch, checkpointing
+    ("unsloth", 1, True),
+    ("unsloth", 2, True),
+    ("unsloth", 4, True),
+    ("unsloth", 8, True),
+    ("hf", 8, True),
+    ("hf", 2, False),
+    ("hf", 4, False),
+]
+
+
+def build_shape(folder: Path, tokenizer_from: str) -> None:
+    """Llama 3 8B's shape with random weights, NF4, saved as a folder that both backends load."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
+    raw = folder.with_name(folder.name + "-bf16")
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(raw)
+    del model
+    torch.cuda.empty_cache()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    AutoModelForCausalLM.from_pretrained(raw, quantization_config=nf4, device_map={"": 0}, dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+
+
+def matrix_rate(seconds: float = 2.0) -> float:
+    """FLOP a second of bf16 matrix products on this card."""
+    import torch
+
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    began, products = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+        products += 20
+    return products * 2 * 8192**3 / (time.monotonic() - began)
+
+
+def run_case(case: dict) -> dict:
+    """Train one case for a few steps and measure it."""
+    import config
+
+    config._import_unsloth_first(case["backend"])
+    import torch
+    from transformers import TrainerCallback
+
+    import train_dpo
+    from data.pairs import preference_rows
+
+    config.quiet_libraries()
+    rate = matrix_rate()
+    if case["memory_gb"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case["memory_gb"] * 1e9 / total)
+    settings = config.preset_settings(
+        config.TrainingSettings,
+        "thesis",
+        base_model=case["model"],
+        pairs=case["pairs"],
+        backend=case["backend"],
+        outputs=case["work"],
+        effective_batch=case["effective_batch"],
+        gradient_checkpointing=case["checkpointing"],
+        validation_pairs=0,
+        max_steps=WARM_UP + TIMED,
+        logging_steps=1,
+        save_steps=10_000,
+    )
+    train, _ = config.load_split(settings)
+    rows = preference_rows(train, "balanced", settings.seed)[: (WARM_UP + TIMED) * case["effective_batch"]]
+    clock = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            clock[state.global_step] = time.monotonic()
+
+    trainer = train_dpo.build_trainer("dpo", settings, rows, [], None, case["micro_batch"])
+    trainer.add_callback(Clock())
+    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    pairs_per_second = TIMED * case["effective_batch"] / (clock[WARM_UP + TIMED] - clock[WARM_UP])
+    weights = config.parameter_count(case["model"])
+    shape = trainer.model.config
+    in_matrices = weights - shape.vocab_size * shape.hidden_size
+    flop = 6 * in_matrices * tokens / len(rows)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "shape": case["shape"],
+        "bits": settings.bits,
+        "backend": case["backend"],
+        "micro_batch": case["micro_batch"],
+        "effective_batch": case["effective_batch"],
+        "checkpointing": case["checkpointing"],
+        "pairs_per_second": round(pairs_per_second, 2),
+        "tokens_per_second": round(pairs_per_second * tokens / len(rows)),
+        "share_of_matrix_rate": round(pairs_per_second * flop / rate, 4),
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "memory_cap_gb": case["memory_gb"],
+        "tokens_per_pair": round(tokens / len(rows), 1),
+        "matrix_tflops": round(rate / 1e12, 1),
+        "first_loss": trainer.state.log_history[0]["loss"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--model", help="a model folder; default: Llama 3 8B's shape with random weights")
+    parser.add_argument("--shape", default="Llama-3-8B, random weights")
+    parser.add_argument("--tokenizer", default=None, help="folder of any tokenizer; default: the small model's")
+    parser.add_argument("--memory_gb", type=float, default=24.0, help="cap on the GPU's memory")
+    parser.add_argument("--effective_batch", type=int, default=8)
+    parser.add_argument("--cases", help='JSON list of [backend, micro-batch, checkpointing]')
+    parser.add_argument("--work", default="/tmp/gpu-benchmark")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        case = json.loads(options.one)
+        Path(case["out"]).write_text(json.dumps(run_case(case)))
+        return
+
+    work = Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    model = Path(options.model or work / "llama-3-8b-shape")
+    if not options.model and not model.is_dir():
+        import config
+
+        build_shape(model, options.tokenizer or str(config.small_model_folder()))
+    records = []
+    for backend, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
+        case = {
+            **{"backend": backend, "micro_batch": micro_batch, "checkpointing": checkpointing, "model": str(model)},
+            **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": options.effective_batch},
+            **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
+        }
+        Path(case["out"]).unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, __file__, "--pairs", "-", "--one", json.dumps(case)], capture_output=True, text=True)
+        if Path(case["out"]).exists():
+            records.append(json.loads(Path(case["out"]).read_text()))
+        else:
+            reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
+            records.append({key: case[key] for key in ("shape", "backend", "micro_batch", "effective_batch", "checkpointing")})
+            records[-1] |= {"memory_cap_gb": options.memory_gb, "failed": reason[:200]}
+        print(json.dumps(records[-1]), flush=True)
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "gpu.json").write_text(json.dumps(records, indent=1) + "\n")
+    (options.results / "gpu.md").write_text(as_table(records))
+
+
+def as_table(records: list[dict]) -> str:
+    columns = ["backend", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for record in records:
+        cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
