@@ -45,6 +45,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(CACHE / "unsloth_compiled_cache"))
+warnings.filterwarnings("ignore", category=SyntaxWarning)
 
 # A hub id or a folder serves as base model; this one name means the small model from the package index.
 SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
@@ -227,7 +228,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sft_learning_rate": 1e-3,  # a small model needs steps ten times those of an 8B one
         "epochs": 1.0,
         "learning_rate": 5e-4,
-        "batch_size": 2,
         "warmup_steps": 2,
         "optim": "adamw_torch",  # the 8-bit one needs a GPU
         "gradient_checkpointing": False,
@@ -520,19 +520,20 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
 def _load_with_unsloth(settings: TrainingSettings, dtype: torch.dtype) -> PreTrainedModel:
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=model_path(settings.base_model),
-        max_seq_length=settings.max_length,
-        dtype=dtype,
-        load_in_4bit=settings.bits == 4,
-        load_in_8bit=settings.bits == 8,
-        load_in_16bit=settings.bits == 16,
-        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
-        use_exact_model_name=True,  # never another checkpoint than the one that was named
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))},
-        random_state=settings.seed,
-        trust_remote_code=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its banner
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=model_path(settings.base_model),
+            max_seq_length=settings.max_length,
+            dtype=dtype,
+            load_in_4bit=settings.bits == 4,
+            load_in_8bit=settings.bits == 8,
+            load_in_16bit=settings.bits == 16,
+            use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+            use_exact_model_name=True,  # never another checkpoint than the one that was named
+            device_map={"": int(os.environ.get("LOCAL_RANK", 0))},
+            random_state=settings.seed,
+            trust_remote_code=False,
+        )
     return model
 
 

@@ -16,12 +16,15 @@ import gc
 import math
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import config
 from config import TrainingSettings, UserError
@@ -100,6 +103,7 @@ def train_stage(
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    step_seconds = statistics.median(np.diff(trainer.step_ends)) if len(trainer.step_ends) > 1 else None  # the first step compiles
     run = {
         "stage": stage,
         "settings": dataclasses.asdict(settings),
@@ -111,7 +115,7 @@ def train_stage(
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "train_seconds": round(seconds, 1),
-        "rows_per_second": round(trainer.state.global_step * settings.effective_batch / seconds, 3),
+        "rows_per_second": round(settings.effective_batch / step_seconds, 3) if step_seconds else None,
         "wall_seconds": round(time.monotonic() - began, 1),
         "batch_size": batch_size,
         "processes": config.process_count(),
@@ -125,7 +129,7 @@ def train_stage(
         shutil.rmtree(checkpoints, ignore_errors=True)
     print(
         f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} in {run['steps']} steps, "
-        f"{run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB -> {folder}",
+        f"{run['wall_seconds']:.0f} s, {run['rows_per_second'] or 0:.2f} rows/s, {run['peak_memory_gb']} GB -> {folder}",
         flush=True,
     )
     del trainer
@@ -189,7 +193,7 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
         with config.whole_folder(folder) as made:
             model.peft_config["default"].base_model_name_or_path = settings.base_model
             model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
-            trainer.processing_class.save_pretrained(made)
+            config.load_tokenizer(settings).save_pretrained(made)
             config.write_json(made / "run.json", run)
             plot_losses(run["log_history"], run["stage"], made / "loss.png")
     trainer.accelerator.wait_for_everyone()
@@ -215,6 +219,7 @@ def build_trainer(
     from trl import DPOTrainer, SFTTrainer
 
     model, tokenizer = config.load_model(settings, config.training_dtype())
+    tokenizer.chat_template = None  # the text is no chat; Unsloth drops the first token where a template holds it
     adapter: dict[str, Any] = {}
     if config.backend_of(settings) == "unsloth":
         model = config.add_unsloth_adapter(model, settings, initial_adapter)
@@ -226,15 +231,18 @@ def build_trainer(
         rows, validation_rows = (
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, validation_rows)
         )
+    health = training_health(stage)
     trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage](
         model=model,
         args=trainer_arguments(stage, settings, batch_size),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
-        callbacks=[training_health(stage)],
+        callbacks=[health],
         **adapter,
     )
+    trainer.step_ends = health.step_ends
+    check_tokenized(trainer.train_dataset, rows, tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress_bar(stage))
     if not config.under_fsdp():  # which shards what has one dtype
@@ -315,6 +323,12 @@ def training_health(stage: str) -> Any:
     from transformers import TrainerCallback
 
     class TrainingHealth(TrainerCallback):
+        def __init__(self) -> None:
+            self.step_ends: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
+            self.step_ends.append(time.monotonic())
+
         def on_log(self, args, state, control, logs, **kwargs):  # noqa: ANN001
             if state.global_step != 1 or "loss" not in logs:
                 return
@@ -330,6 +344,19 @@ def training_health(stage: str) -> Any:
                 )
 
     return TrainingHealth()
+
+
+def check_tokenized(dataset: Any, rows: list[dict[str, str]], tokenizer: Any) -> None:
+    """Raise RuntimeError unless the trainer's rows are ours, token for token: all there, none cut, no token dropped."""
+    if len(dataset) != len(rows):
+        raise RuntimeError(f"the trainer kept {len(dataset)} of {len(rows)} rows")
+    for row, text in zip(dataset.select(range(min(8, len(rows)))), rows, strict=False):
+        responses = ["completion"] if "completion" in text else ["chosen", "rejected"]
+        for response in responses:
+            found = row["input_ids"] if response == "completion" else row["prompt_ids"] + row[f"{response}_ids"]
+            wanted = [*tokenizer(text["prompt"] + text[response])["input_ids"], tokenizer.eos_token_id]
+            if list(found) != wanted:
+                raise RuntimeError(f"the trainer's tokens of a {response} response are not those of its text")
 
 
 def progress_bar(stage: str) -> Any:
