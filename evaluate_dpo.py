@@ -459,15 +459,23 @@ def cell(value: dict[str, float | None], unit: str) -> str:
     return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
+ON_TERMINAL = {  # measure: heading
+    "ranking_accuracy": "ranking %",
+    "response_accuracy": "response %",
+    "order_free_accuracy": "order-free %",
+    "swap_consistency": "swap consistency %",
+    "position_bias": "position bias A - B",
+}
+
+
 def table(metrics: dict[str, Any]) -> str:
-    """All arms and measures with 95% intervals, as aligned text."""
-    header = ["arm", *(f"{label}, {unit}" for label, unit in MEASURES.values())]
-    rows = [
-        [arm, *(cell(measures[name], unit) for name, (_, unit) in MEASURES.items())] for arm, measures in metrics["arms"].items()
-    ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """All arms and the main measures with 95% intervals, as aligned text."""
+    rows = [["arm", *ON_TERMINAL.values()]]
+    for arm, measures in metrics["arms"].items():
+        rows.append([arm, *(cell(measures[name], MEASURES[name][1]) for name in ON_TERMINAL)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def summary(metrics: dict[str, Any]) -> str:

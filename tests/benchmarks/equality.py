@@ -9,7 +9,9 @@ log-probability, in nats, between the backends, and for scale the largest betwee
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,11 +22,36 @@ def main() -> None:
     for name in ("--adapter", "--pairs", "--preset"):
         parser.add_argument(name, required=True)
     parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one:
+        score(options, *options.one)
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        for backend in ("hf", "unsloth"):  # each in a process of its own: Unsloth changes the libraries for both
+            out = f"{work}/{backend}.json"
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", backend, out], check=True)
+            found |= {(backend, *case.split()): values for case, values in json.loads(Path(out).read_text()).items()}
 
+    def largest(one: tuple[str, ...], other: tuple[str, ...]) -> float | None:
+        if one not in found or other not in found:
+            return None
+        return round(max(abs(x - y) for x, y in zip(found[one], found[other], strict=True)), 6)
+
+    for bits in ("4", "16"):
+        record = {"bits": int(bits), "rows": 2 * options.users}
+        for dtype in ("bfloat16", "float32"):
+            record[f"backends_differ_by_nats_{dtype}"] = largest(("hf", bits, dtype), ("unsloth", bits, dtype))
+        record["hf_bfloat16_float32_differ_by_nats"] = largest(("hf", bits, "bfloat16"), ("hf", bits, "float32"))
+        print(json.dumps(record), flush=True)
+
+
+def score(options: argparse.Namespace, backend: str, out: str) -> None:
+    """Write {"bits dtype": summed response log-probabilities} of one backend; a case that fails is left out."""
     import config
 
-    config._import_unsloth_first("unsloth")
+    config._import_unsloth_first(backend)
     import torch
     from peft import PeftModel
 
@@ -32,48 +59,35 @@ def main() -> None:
 
     config.quiet_libraries()
     adapter = Path(options.adapter)
-
-    def log_probs(backend: str, bits: int, dtype: torch.dtype) -> torch.Tensor:
-        settings = config.preset_settings(
-            config.TrainingSettings, options.preset, pairs=options.pairs, backend=backend, bits=bits, gradient_checkpointing=False
-        )
-        _, test = config.load_split(settings)
-        model, tokenizer = config.load_model(settings, dtype)
-        if backend == "unsloth":
-            model = config.add_unsloth_adapter(model, settings, adapter)
-        else:
-            model = PeftModel.from_pretrained(model, adapter)
-        model.eval()
-        sums = []
-        for pair in test[: options.users]:
-            row = preference_row(pair, "A")
-            for response in ("chosen", "rejected"):
-                start = len(tokenizer(row["prompt"])["input_ids"])
-                ids = torch.tensor([*tokenizer(row["prompt"] + row[response])["input_ids"], tokenizer.eos_token_id]).cuda()
-                with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-                    logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0].float()
-                sums.append(logits.log_softmax(-1)[start - 1 : -1].gather(-1, ids[start:, None]).sum().item())
-        del model
-        torch.cuda.empty_cache()
-        return torch.tensor(sums)
-
+    found = {}
     for bits in (4, 16):
-        found = {}
-        for backend in ("hf", "unsloth"):
-            for dtype in (torch.bfloat16, torch.float32):
-                try:
-                    found[backend, dtype] = log_probs(backend, bits, dtype)
-                except Exception as error:  # noqa: BLE001  a case that a backend lacks is a finding, too
-                    print(json.dumps({"bits": bits, "backend": backend, "dtype": str(dtype), "failed": str(error)[:200]}))
-
-        def largest(one, other):  # noqa: ANN001
-            return round((found[one] - found[other]).abs().max().item(), 5) if one in found and other in found else None
-
-        record = {"bits": bits, "rows": 2 * options.users}
         for dtype in (torch.bfloat16, torch.float32):
-            record[f"backends_differ_by_nats_{str(dtype)[6:]}"] = largest(("hf", dtype), ("unsloth", dtype))
-        record["hf_bfloat16_float32_differ_by_nats"] = largest(("hf", torch.bfloat16), ("hf", torch.float32))
-        print(json.dumps(record), flush=True)
+            settings = config.preset_settings(
+                config.TrainingSettings, options.preset, pairs=options.pairs, backend=backend, bits=bits, gradient_checkpointing=False
+            )
+            _, test = config.load_split(settings)
+            try:
+                model, tokenizer = config.load_model(settings, dtype)
+                if backend == "unsloth":
+                    model = config.add_unsloth_adapter(model, settings, adapter)
+                else:
+                    model = PeftModel.from_pretrained(model, adapter)
+                model.eval()
+                sums = []
+                for pair in test[: options.users]:
+                    row = preference_row(pair, "A")
+                    for response in ("chosen", "rejected"):
+                        start = len(tokenizer(row["prompt"])["input_ids"])
+                        ids = torch.tensor([*tokenizer(row["prompt"] + row[response])["input_ids"], tokenizer.eos_token_id]).cuda()
+                        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                            logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0].float()
+                        sums.append(logits.log_softmax(-1)[start - 1 : -1].gather(-1, ids[start:, None]).sum().item())
+                found[f"{bits} {str(dtype).removeprefix('torch.')}"] = sums
+            except (RuntimeError, ValueError, TypeError) as error:
+                print(json.dumps({"bits": bits, "backend": backend, "dtype": str(dtype), "failed": str(error)[:200]}), flush=True)
+            model = None
+            torch.cuda.empty_cache()
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
