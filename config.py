@@ -205,9 +205,10 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     """Settings of evaluate_dpo.py."""
 
-    adapters: list[str] = _setting([], "more arms, each as name=folder")
-    sft_adapter: str | None = _setting(None, "SFT adapter, if not the one that train_dpo.py wrote")
-    dpo_adapter: str | None = _setting(None, "DPO adapter, if not the one that train_dpo.py wrote")
+    adapters: list[str] = _setting([], "arms as name=folder, or name=folder,folder,... for one arm with several seeds")
+    allow_mismatch: bool = _setting(False, "go on with an adapter of another base model, split or data, and report it")
+    strangers: bool = _setting(True, "score decisions with a stranger's history, too, for the personalisation gap")
+    fast: bool = _setting(False, "compute in bfloat16: faster, and moves response margins by up to a nat")
     batch_users: int = _setting(16, "users scored at once; scores are in float32, so this moves them below 1e-3 nats")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
     resamples: int = _setting(10_000, "bootstrap resamples of each interval")
@@ -235,6 +236,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_steps": 50,
         "logging_steps": 1,
         "batch_users": 4,
+        "strangers": False,  # half as much scoring again
     },
 }
 
@@ -409,6 +411,13 @@ def adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
         return f"{folder} was trained on the base model {trained_on}, not {settings.base_model}"
     if digest != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    return ""
+
+
+def trained_seed(folder: Path) -> str:
+    """The seed that an adapter was trained with, "" where its folder does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]["seed"])
     return ""
 
 

@@ -26,7 +26,7 @@ import config
 from config import EvaluationSettings, UserError
 from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of metrics.json
 MEASURES = {  # name: (label, unit)
     "ranking_accuracy": ("ranking accuracy", "%"),
     "response_accuracy": ("response accuracy", "%"),
@@ -35,18 +35,26 @@ MEASURES = {  # name: (label, unit)
     "swap_consistency": ("swap consistency", "%"),
     "decision_margin": ("decision margin", "nats"),
     "response_margin": ("response margin", "nats"),
+    "accuracy_with_popularity": ("ranking accuracy where the preferred film is the more popular", "%"),
+    "accuracy_against_popularity": ("ranking accuracy where it is the less popular", "%"),
+    "personalisation_gap": ("loss of ranking accuracy with a stranger's history", "points"),
+    "brier_score": ("Brier score of the decision", ""),
+    "calibration_error": ("expected calibration error of the decision", ""),
 }
+PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
+MARGINS = ("decision_margin", "response_margin")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     config.quiet_libraries()
     folder = config.evaluation_folder(settings)
+    mismatches: list[str] = []
     if settings.from_predictions:
         source = Path(settings.from_predictions)
     else:
         source = folder / "predictions.csv"
-        predictions = predict(settings)
+        predictions, mismatches = predict(settings)
         if not config.is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics = compute_metrics(read_predictions(source), settings.resamples, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
-    write_text(folder / "report.md", report(metrics))
+    write_text(folder / "report.md", report(metrics, mismatches))
+    write_text(folder / "table.tex", latex(metrics))
     plot_accuracy(metrics, folder / "figures")
-    print(table(metrics) + "\n\n" + summary(metrics) + f"\n\nwritten to {folder}")
+    notes = "".join(f"\nmismatch: {mismatch}" for mismatch in mismatches)
+    print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,8 +79,9 @@ def write_text(path: Path, text: str) -> None:
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def predict(settings: EvaluationSettings) -> pd.DataFrame:
-    """Score every held-out pair in both orders under all arms: one row an arm, user and order.
+def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, list[str]]:
+    """Score every held-out pair in both orders under all arms: (one row an arm, seed, user, order and history,
+    mismatches that were allowed).
 
     Raises:
         UserError: an adapter is missing or was trained on another base model or split.
@@ -82,40 +93,68 @@ def predict(settings: EvaluationSettings) -> pd.DataFrame:
 
         PartialState(cpu=not config.cuda_present())  # joins the processes
     train, test = config.load_split(settings)
-    adapters = find_adapters(settings, ids_digest(test))
+    adapters, mismatches = find_adapters(settings, ids_digest(test))
     popularity = film_counts(train)
+    nothing = np.full((len(test), 2), np.nan)
     parts = [
-        frame(arm, "baseline", test, popularity, decision, np.full_like(decision, np.nan))
+        frame(arm, "baseline", "", "own", test, popularity, decision, nothing)
         for arm, decision in baseline_margins(train, test).items()
     ]
-    model, tokenizer = config.load_model(settings, torch.float32)
+    model, tokenizer = config.load_model(settings, config.training_dtype() if settings.fast else torch.float32)
     trees = [pair_tree(pair, tokenizer) for pair in test]
-    parts.append(frame("base", "model", test, popularity, *score(model, trees, settings.batch_users, "base")))
-    for arm, adapter in adapters.items():
-        model = load_adapter(model, arm, adapter)
-        parts.append(frame(arm, "model", test, popularity, *score(model, trees, settings.batch_users, arm)))
-    return pd.concat(parts, ignore_index=True)
+    strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in with_strangers(test)] if settings.strangers else []
+
+    def score_arm(arm: str, seed: str) -> None:
+        parts.append(frame(arm, "model", seed, "own", test, popularity, *score(model, trees, settings.batch_users, arm)))
+        if strange:
+            decision, _ = score(model, strange, settings.batch_users, f"{arm} with strangers")
+            parts.append(frame(arm, "model", seed, "stranger", test, popularity, decision, nothing))
+
+    score_arm("base", "")
+    for arm, folders in adapters.items():
+        for seed, folder in folders.items():
+            model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), folder)
+            score_arm(arm, seed)
+    return pd.concat(parts, ignore_index=True), mismatches
 
 
-def find_adapters(settings: EvaluationSettings, test_digest: str) -> dict[str, Path]:
-    """The adapters to compare, by arm; each is there, and fits the base model and the split."""
-    adapters = {}
-    for stage in ("sft", "dpo"):
-        given = getattr(settings, f"{stage}_adapter")
-        adapters[stage] = Path(given or config.adapter_folder(settings, stage))
-        if not adapters[stage].is_dir():
-            command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
-            raise UserError(f"no {stage.upper()} adapter at {adapters[stage]}", f"Make it with: {command}")
+def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
+    """The same choices, each with the history of another of these users: the next one by hash, the first after the last."""
+    history = {pair.user_id: pair.history for pair in pairs}
+    users = sorted(history)
+    following = dict(zip(users, users[1:] + users[:1], strict=True))
+    return [dataclasses.replace(pair, history=history[following[pair.user_id]]) for pair in pairs]
+
+
+def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """(adapters by arm and seed, mismatches that were allowed); each adapter is there.
+
+    Raises:
+        UserError: an adapter is missing or, unless mismatches are allowed, does not fit the base model or the split.
+    """
+    given = {}
     for text in settings.adapters:
-        name, _, path = text.partition("=")
-        if not name or not path or name in (*adapters, "base", *BASELINES):
+        name, _, paths = text.partition("=")
+        if not name or not paths or name in (*given, "base", *BASELINES):
             raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own.")
-        adapters[name] = Path(path)
-    for folder in adapters.values():
-        problem = config.adapter_problem(folder, settings, test_digest)
-        if problem:
-            raise UserError(problem, "Train one for these settings with train_dpo.py, or give the settings it was trained with.")
-    return adapters
+        given[name] = [Path(path) for path in paths.split(",")]
+    arms = {stage: given.pop(stage, [config.adapter_folder(settings, stage)]) for stage in ("sft", "dpo")} | given
+    adapters: dict[str, dict[str, Path]] = {}
+    mismatches = []
+    for arm, folders in arms.items():
+        for number, folder in enumerate(folders):
+            if not folder.is_dir():
+                stage = arm if arm in ("sft", "dpo") else "dpo"
+                command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
+                raise UserError(f"no adapter of the arm {arm} at {folder}", f"Make it with: {command}; or give --adapters {arm}=FOLDER")
+            problem = config.adapter_problem(folder, settings, test_digest)
+            if problem and not (settings.allow_mismatch and (folder / "adapter_model.safetensors").is_file()):
+                raise UserError(problem, "Give the settings that it was trained with, or --allow_mismatch true to go on and report it.")
+            mismatches += [problem] if problem else []
+            seeds = adapters.setdefault(arm, {})
+            seed = config.trained_seed(folder)
+            seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
+    return adapters, mismatches
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> Any:
@@ -146,8 +185,8 @@ class Tree:
     paths: list[list[np.ndarray]]
 
 
-def pair_tree(pair: Pair, tokenizer: Any) -> Tree:
-    """Tokenize a pair in both orders, as training does, into one tree.
+def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
+    """Tokenize a pair in both orders, as training does, into one tree; decision_only leaves out what follows the letter.
 
     Raises:
         UserError: the tokenizer does not make the option's letter the first token that the responses differ in.
@@ -158,26 +197,28 @@ def pair_tree(pair: Pair, tokenizer: Any) -> Tree:
     paths = []
     for order in ORDERS:
         row = preference_row(pair, order)
+        texts = [
+            [*tokenizer(row["prompt"] + row[response])["input_ids"], tokenizer.eos_token_id] for response in ("chosen", "rejected")
+        ]
+        parting = next(i for i, (chosen, rejected) in enumerate(zip(*texts, strict=False)) if chosen != rejected)
+        letters = [tokenizer.decode([text[parting]]).strip() for text in texts]
+        if parting != len(tokenizer(row["prompt"] + STEM)["input_ids"]) or letters != [order, ORDERS[1 - ORDERS.index(order)]]:
+            raise UserError(
+                f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own",
+                "Use a base model whose tokenizer has ' A' and ' B' as tokens.",
+            )
         both = []
-        for response in ("chosen", "rejected"):
+        for text in texts:
             node, path = -1, []
-            for token in [*tokenizer(row["prompt"] + row[response])["input_ids"], tokenizer.eos_token_id]:
+            for token in text[: parting + 1] if decision_only else text:
                 if (node, token) not in children:
                     children[node, token] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
                 node = children[node, token]
                 path.append(node)
-            both.append(path)
-        parting = next(i for i, (chosen, rejected) in enumerate(zip(*both, strict=False)) if chosen != rejected)
-        stem = tokenizer(row["prompt"] + STEM)["input_ids"]
-        letters = [tokenizer.decode([tokens[path[parting]]]).strip() for path in both]
-        if parting != len(stem) or letters != [order, ORDERS[1 - ORDERS.index(order)]]:
-            raise UserError(
-                f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own",
-                "Use a base model whose tokenizer has ' A' and ' B' as tokens.",
-            )
-        paths.append([np.array(path[parting:]) for path in both])
+            both.append(np.array(path[parting:]))
+        paths.append(both)
     return Tree(np.array(tokens), np.array(parents), paths)
 
 
@@ -247,18 +288,25 @@ def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
 
 
 def frame(
-    arm: str, kind: str, pairs: Sequence[Pair], popularity: Counter[str], decision: np.ndarray, response: np.ndarray
+    arm: str,
+    kind: str,
+    seed: str,
+    history: str,
+    pairs: Sequence[Pair],
+    popularity: Counter[str],
+    decision: np.ndarray,
+    response: np.ndarray,
 ) -> pd.DataFrame:
-    """Rows of predictions.csv for one arm, from margins of shape (users, orders)."""
+    """Rows of predictions.csv for one arm, seed and history, from margins of shape (users, orders)."""
     counts = [(popularity[pair.preferred.title], popularity[pair.other.title]) for pair in pairs]
     return pd.DataFrame(
         {
             "arm": arm,
             "kind": kind,
-            "seed": "",
+            "seed": seed,
             "pair_id": np.repeat([pair.pair_id for pair in pairs], 2),
             "order": list(ORDERS) * len(pairs),
-            "history": "own",
+            "history": history,
             "decision_margin": decision.ravel().round(6),
             "response_margin": response.ravel().round(6),
             "preferred_more_popular": np.repeat(["tie" if a == b else str(a > b).lower() for a, b in counts], 2),
@@ -308,18 +356,24 @@ def baseline_margins(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, n
 # -------------------------------------------------------------------------------------------------- measures
 
 
-def user_measures(decision: np.ndarray, response: np.ndarray) -> dict[str, np.ndarray]:
-    """Each measure user by user, so that its value is the mean over users.
+def user_measures(
+    decision: np.ndarray, response: np.ndarray, stranger: np.ndarray, more_popular: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Each measure as columns over users, so that any resample of users is a mean over rows.
 
     Args:
         decision, response: margins in nats, (users, orders A and B).
+        stranger: decision margins with another user's history, (users, orders); nan where not scored.
+        more_popular: 1 where the preferred film is the more popular one in training, 0 where it is not, nan for a tie.
 
     Returns:
-        Arrays of shape (users,); accuracies, consistency and bias as shares of 1. A tie counts one half; a tie in
-        either order is no consistent choice.
+        (users, columns): one column for a measure that is a mean over users; numerator and denominator for one that
+        is a mean over some of them; for the calibration error, one column a bin. `reduce_columns` makes values of
+        their means. A tie counts one half in accuracies, and is no consistent choice.
     """
     right, right_response = wins(decision), wins(response)
-    return {
+    probability = 1 / (1 + np.exp(-decision))
+    single = {
         "ranking_accuracy": right.mean(axis=1),
         "response_accuracy": right_response.mean(axis=1),
         "order_free_accuracy": wins(decision.sum(axis=1)),
@@ -327,12 +381,49 @@ def user_measures(decision: np.ndarray, response: np.ndarray) -> dict[str, np.nd
         "swap_consistency": (right[:, 0] == right[:, 1]) & (right[:, 0] != 0.5),
         "decision_margin": decision.mean(axis=1),
         "response_margin": response.mean(axis=1),
+        "brier_score": ((1 - probability) ** 2).mean(axis=1),
+        "personalisation_gap": (right - wins(stranger)).mean(axis=1),
     }
+    columns = {name: value.astype(float)[:, None] for name, value in single.items()}
+    for name, wanted in (("accuracy_with_popularity", 1), ("accuracy_against_popularity", 0)):
+        part = (more_popular == wanted).astype(float)
+        columns[name] = np.column_stack([part * right.mean(axis=1), part])
+    columns["calibration_error"] = calibration_columns(decision)
+    return columns
+
+
+def calibration_columns(decision: np.ndarray, bins: int = 15) -> np.ndarray:
+    """(users, bins): by how much, in each bin of p(Option A), Option A was right more often than p says.
+
+    p(Option A) is sigma(d) where the preferred film is Option A and sigma(-d) where it is Option B. The absolute
+    means summed over bins are the expected calibration error (Naeini et al. 2015).
+    """
+    p_a = 1 / (1 + np.exp(-decision * np.array([1, -1])))
+    right = np.broadcast_to([1.0, 0.0], decision.shape)
+    index = np.minimum((p_a * bins).astype(int), bins - 1)
+    return np.stack([((right - p_a) * (index == number)).mean(axis=1) for number in range(bins)], axis=1)
+
+
+def reduce_columns(name: str, means: np.ndarray) -> np.ndarray:
+    """A measure's value from the means of its columns, (..., columns) -> (...)."""
+    if name == "calibration_error":
+        return np.abs(means).sum(axis=-1)
+    if means.shape[-1] == 2:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return means[..., 0] / means[..., 1]
+    return means[..., 0]
 
 
 def wins(margin: np.ndarray) -> np.ndarray:
     """1 where the margin is above 0, one half where it is 0, nan where there is none."""
     return np.where(np.isnan(margin), np.nan, (margin > 0) + 0.5 * (margin == 0))
+
+
+def draw_users(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user is drawn in each resample, in blocks of shape (up to 500, users); always the same."""
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, 500):
+        yield random.multinomial(users, np.full(users, 1 / users), size=min(500, resamples - start))
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -341,19 +432,30 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
     The same users are drawn for every column, so that differences between columns are paired (Efron & Tibshirani
     1993, ch. 8).
     """
-    random = np.random.default_rng(seed)
-    users = len(values)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, 500):
-        rows = slice(start, min(start + 500, resamples))
-        draws = random.multinomial(users, np.full(users, 1 / users), size=rows.stop - rows.start)
-        means[rows] = draws @ values / users
-    return means
+    return np.concatenate([draws @ values / len(values) for draws in draw_users(len(values), resamples, seed)])
+
+
+def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means over resampled seeds, (resamples,), from values of shape (resamples, seeds): the second level of the
+    bootstrap. With one seed nothing is drawn, and what training's randomness does is not in the interval.
+    """
+    resamples, seeds = values.shape
+    drawn = np.random.default_rng([seed, seeds]).integers(seeds, size=(resamples, seeds))
+    return np.take_along_axis(values, drawn, axis=1).mean(axis=1)
 
 
 def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979), in the order that they came in."""
+    order = np.argsort(p_values)
+    steps = np.maximum.accumulate([(len(p_values) - rank) * p_values[index] for rank, index in enumerate(order)])
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(steps, 1.0)
+    return corrected.tolist()
 
 
 def mcnemar(right_one: np.ndarray, right_other: np.ndarray) -> float:
@@ -402,45 +504,85 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return predictions
 
 
-MARGINS = ("decision_margin", "response_margin")
-
-
 def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
-    """All measures with 95% intervals, DPO against SFT, and the verdict, from the rows of predictions.csv."""
-    arms: dict[str, dict[str, np.ndarray]] = {}
-    kinds = {}
-    for arm, rows in predictions[predictions["history"] == "own"].groupby("arm", sort=False):
-        wide = rows.pivot(index="pair_id", columns="order", values=list(MARGINS)).sort_index()
-        arms[arm] = user_measures(*(wide[margin][list(ORDERS)].to_numpy(dtype=float) for margin in MARGINS))
-        kinds[arm] = rows["kind"].iloc[0]
-    columns = [(arm, measure) for arm in arms for measure in MEASURES]
-    values = np.column_stack([arms[arm][measure] for arm, measure in columns]).astype(float)
-    scale = np.array([1.0 if MEASURES[measure][1] == "nats" else 100.0 for _, measure in columns])
-    values *= scale
-    samples = dict(zip(columns, bootstrap_means(values, resamples, seed).T, strict=True))
-    point = dict(zip(columns, values.mean(axis=0), strict=True))
+    """All measures with 95% intervals, the comparisons of arms, and the verdict, from the rows of predictions.csv.
 
-    metrics: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "users": len(values), "resamples": resamples, "seed": seed}
-    metrics["arms"] = {
-        arm: {"kind": kinds[arm]} | {name: estimate(point[arm, name], samples[arm, name]) for name in MEASURES} for arm in arms
+    An arm with several seeds is the mean over them; its intervals are over users and seeds. Users and, for arms of
+    equally many seeds, seeds are drawn alike in every arm, so that differences are paired.
+    """
+    own, strange = (predictions[predictions["history"] == history] for history in ("own", "stranger"))
+    users = own["pair_id"].drop_duplicates().sort_values()
+    popular = own.drop_duplicates("pair_id").set_index("pair_id")["preferred_more_popular"].reindex(users)
+    more_popular = popular.map({"true": 1.0, "false": 0.0}).to_numpy(dtype=float)
+    points: dict[tuple[str, str], float] = {}
+    samples: dict[tuple[str, str], np.ndarray] = {}
+    accuracy: dict[str, np.ndarray] = {}
+    order_free: dict[str, np.ndarray] = {}
+    metrics: dict[str, Any] = {
+        **{"schema_version": SCHEMA_VERSION, "users": len(users), "resamples": resamples, "seed": seed},
+        "arms": {},
     }
-    if {"sft", "dpo"} <= set(arms):
-        key = "ranking_accuracy"
-        paired = 100 * (arms["dpo"][key] - arms["sft"][key])
-        difference = estimate(paired.mean(), samples["dpo", key] - samples["sft", key])
-        smallest = detectable_difference(paired)
-        metrics["dpo_minus_sft"] = difference | {
-            "p": mcnemar(arms["dpo"]["order_free_accuracy"], arms["sft"]["order_free_accuracy"]),
-            "detectable_points": number(smallest),
-            "users_needed_for_2_points": math.ceil(len(values) * (smallest / 2) ** 2),
-            "verdict": verdict(difference["value"], difference["low"], difference["high"]),
-            "caveats": caveats(metrics),
-        }
+    for arm, rows in own.groupby("arm", sort=False):
+        by_seed = []
+        total = np.zeros(len(users))
+        near_ties = 0
+        for run, run_rows in rows.groupby("seed", sort=False):
+            decision, response = (margins(run_rows, name, users) for name in MARGINS)
+            stranger = strange[(strange["arm"] == arm) & (strange["seed"] == run)]
+            by_seed.append(user_measures(decision, response, margins(stranger, "decision_margin", users), more_popular))
+            total += decision.sum(axis=1)
+            near_ties += int((np.abs(decision) < 0.01).sum())
+        kind = rows["kind"].iloc[0]
+        found: dict[str, Any] = {"kind": kind, "seeds": len(by_seed), "near_ties": near_ties if kind == "model" else None}
+        widths = np.cumsum([by_seed[0][name].shape[1] for name in MEASURES])[:-1]
+        means = [bootstrap_means(np.column_stack([columns[name] for name in MEASURES]), resamples, seed) for columns in by_seed]
+        split = [dict(zip(MEASURES, np.split(mean, widths, axis=1), strict=True)) for mean in means]
+        for name, (_, unit) in MEASURES.items():
+            scale = 100 if unit in ("%", "points") else 1
+            if kind == "baseline" and name in PROBABILITY_MEASURES:  # a count is no log-probability
+                found[name] = {"value": None, "low": None, "high": None}
+                continue
+            value = scale * np.mean([reduce_columns(name, columns[name].mean(axis=0)) for columns in by_seed])
+            drawn = np.stack([scale * reduce_columns(name, part[name]) for part in split], axis=1)
+            points[arm, name], samples[arm, name] = value, over_seeds(drawn, seed)
+            found[name] = estimate(value, samples[arm, name])
+        accuracy[arm] = np.mean([columns["ranking_accuracy"][:, 0] for columns in by_seed], axis=0)
+        order_free[arm] = wins(total)
+        metrics["arms"][arm] = found
+
+    pairs_of_arms = [(arm, "sft") for arm in accuracy if metrics["arms"][arm]["kind"] == "model" and arm != "sft"]
+    pairs_of_arms += [("dpo", other) for other in ("base", "popularity")]
+    comparisons = {}
+    for one, other in pairs_of_arms:
+        if one in accuracy and other in accuracy:
+            key = "ranking_accuracy"
+            paired = 100 * (accuracy[one] - accuracy[other])
+            smallest = detectable_difference(paired)
+            comparisons[f"{one} - {other}"] = estimate(paired.mean(), samples[one, key] - samples[other, key]) | {
+                "p": mcnemar(order_free[one], order_free[other]),
+                "detectable_points": number(smallest),
+                "users_needed_for_2_points": math.ceil(len(users) * (smallest / 2) ** 2),
+            }
+    for comparison, p in zip(comparisons.values(), holm([found["p"] for found in comparisons.values()]), strict=True):
+        comparison["p_holm"] = p
+    metrics["comparisons"] = comparisons
+    if "dpo - sft" in comparisons:
+        found = comparisons["dpo - sft"]
+        metrics["verdict"] = verdict(found["value"], found["low"], found["high"])
+        metrics["caveats"] = caveats(metrics)
     return metrics
 
 
+def margins(rows: pd.DataFrame, name: str, users: pd.Series) -> np.ndarray:
+    """One margin of one arm as (users, orders A and B), nan where there is no row."""
+    wide = rows.pivot(index="pair_id", columns="order", values=name)
+    return wide.reindex(index=users, columns=list(ORDERS)).to_numpy(dtype=float)
+
+
 def estimate(value: float, samples: np.ndarray) -> dict[str, float | None]:
-    low, high = percentile_interval(samples)
+    if math.isnan(value):
+        return {"value": None, "low": None, "high": None}
+    low, high = percentile_interval(samples[~np.isnan(samples)])
     return {"value": number(value), "low": number(low), "high": number(high)}
 
 
@@ -455,7 +597,7 @@ def number(value: float) -> float | None:
 def cell(value: dict[str, float | None], unit: str) -> str:
     if value["value"] is None:
         return "-"
-    digits = 2 if unit == "nats" else 1
+    digits = {"nats": 2, "": 3}.get(unit, 1)
     return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
@@ -479,19 +621,23 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """The comparison of DPO with SFT in words, verdict last."""
-    if "dpo_minus_sft" not in metrics:
+    """The comparison of DPO with SFT in words, with its caveats, verdict last."""
+    if "verdict" not in metrics:
         return "no verdict: there is no arm named sft, or none named dpo"
-    found = metrics["dpo_minus_sft"]
+    found = metrics["comparisons"]["dpo - sft"]
     lines = [
         f"DPO - SFT: {found['value']:+.1f} points of ranking accuracy, 95% interval [{found['low']:+.1f}, {found['high']:+.1f}], "
-        f"{metrics['users']:,} users, McNemar p = {found['p']:.3g}",
-        f"smallest difference that these users could show with 80% power: {found['detectable_points']:.1f} points",
+        f"{metrics['users']:,} users",
+        f"McNemar on order-free decisions: p = {found['p']:.3g}, {found['p_holm']:.3g} after Holm's correction",
     ]
-    if found["verdict"] == "INCONCLUSIVE":
+    if found["detectable_points"]:
+        lines.append(f"smallest difference that these users could show with 80% power: {found['detectable_points']:.1f} points")
+    else:
+        lines.append("both arms are right equally often on every single user: there is no difference to detect")
+    if metrics["verdict"] == "INCONCLUSIVE":
         lines.append(f"to show a difference of 2 points, about {found['users_needed_for_2_points']:,} test users are needed")
-    lines += [f"caveat: {caveat}" for caveat in found["caveats"]]
-    return "\n".join([*lines, f"verdict: {found['verdict']}"])
+    lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
+    return "\n".join([*lines, f"verdict: {metrics['verdict']}"])
 
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
@@ -503,21 +649,54 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
         if abs(bias) >= 90:
             letter = "A" if bias > 0 else "B"
             found.append(f"{arm} answers {letter} almost whatever the options are: its ranking accuracy is 50% for that reason")
-    popularity, dpo = arms.get("popularity"), arms["dpo"]["ranking_accuracy"]
-    if popularity and dpo["value"] < popularity["ranking_accuracy"]["value"]:
-        found.append(f"dpo ({dpo['value']:.1f}%) loses to taking the more popular film ({popularity['ranking_accuracy']['value']:.1f}%)")
+        gap = arms[arm]["personalisation_gap"]
+        if gap["value"] is not None and gap["low"] <= 0:
+            found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")
+        if arms[arm]["near_ties"] > 0.05 * 2 * metrics["users"] * arms[arm]["seeds"]:
+            found.append(f"{arm} decides {arms[arm]['near_ties']:,} times by less than 0.01 nats: rounding could turn them")
+    against = metrics["comparisons"].get("dpo - popularity")
+    if against and against["value"] < 0:
+        popularity, dpo = (arms[arm]["ranking_accuracy"]["value"] for arm in ("popularity", "dpo"))
+        found.append(f"dpo ({dpo:.1f}%) loses to taking the more popular film ({popularity:.1f}%)")
+    if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
+        found.append("one training run an arm: what another seed would give is not in the interval")
     return found
 
 
-def report(metrics: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    header = ["arm", *(f"{label} ({unit})" for label, unit in MEASURES.values())]
-    lines = ["# DPO against SFT: ranking adherence", "", f"{metrics['users']:,} test users, both orders; 95% intervals.", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+def minus_signs(text: str) -> str:
+    return "--" if text == "-" else text.replace("-", "$-$")
+
+
+def latex(metrics: dict[str, Any]) -> str:
+    """The main table for a paper (booktabs)."""
+    names = list(ON_TERMINAL)
+    lines = [
+        r"\begin{tabular}{l" + "r" * len(names) + "}",
+        r"\toprule",
+        " & ".join(["arm", *(f"{MEASURES[name][0]} ({MEASURES[name][1]})".replace("%", r"\%") for name in names)]) + r" \\",
+        r"\midrule",
+    ]
     for arm, measures in metrics["arms"].items():
-        cells = [arm, *(cell(measures[name], unit) for name, (_, unit) in MEASURES.items())]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
+        safe = "".join(rf"\{letter}" if letter in "&%$#_{}" else letter for letter in arm if letter not in "\\~^")
+        lines.append(" & ".join([safe, *(minus_signs(cell(measures[name], MEASURES[name][1])) for name in names)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def report(metrics: dict[str, Any], mismatches: Sequence[str] = ()) -> str:
+    """All measures and the verdict as Markdown."""
+    arms = metrics["arms"]
+    lines = ["# DPO against SFT: ranking adherence", "", f"{metrics['users']:,} test users, both orders; 95% intervals.", ""]
+    lines += ["| measure | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    for name, (label, unit) in MEASURES.items():
+        heading = f"{label} ({unit})" if unit else label
+        lines.append(f"| {heading} | " + " | ".join(cell(arms[arm][name], unit) for arm in arms) + " |")
+    lines.append("| decisions by less than 0.01 nats | " + " | ".join(str(arms[arm]["near_ties"] or "-") for arm in arms) + " |")
+    lines += ["", "| comparison | points of ranking accuracy | p (McNemar) | p (Holm) | detectable points |", "|---|---|---|---|---|"]
+    for name, found in metrics["comparisons"].items():
+        values = [cell(found, "points"), *(f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points"))]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    lines += ["", *(f"**Mismatch:** {mismatch}  " for mismatch in mismatches)]
+    return "\n".join([*lines, *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
 
 
 def plot_accuracy(metrics: dict[str, Any], folder: Path) -> None:

@@ -82,7 +82,9 @@ def test_two_adapters_on_one_base_score_as_each_alone(training_flags, flags):
         trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in test]
         model = evaluate_dpo.load_adapter(model, stage, config.adapter_folder(settings, stage))
         alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
-    predictions = evaluate_dpo.predict(settings)
+    predictions, mismatches = evaluate_dpo.predict(settings)
+    assert mismatches == []
+    predictions = predictions[predictions["history"] == "own"]
     for stage in ("sft", "dpo"):
         together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
         assert np.allclose(together, alone[stage].ravel(), atol=1e-5)
@@ -90,7 +92,7 @@ def test_two_adapters_on_one_base_score_as_each_alone(training_flags, flags):
 
 
 def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
-    with pytest.raises(UserError, match="no SFT adapter .*\nMake it with: python train_dpo.py --preset small --stage sft"):
+    with pytest.raises(UserError, match="no adapter of the arm sft .*\nMake it with: python train_dpo.py --preset small --stage sft"):
         evaluate_dpo.main(flags)
     train_dpo.main(training_flags)
     folder = tmp_path / "outputs" / "evaluation"
@@ -109,6 +111,7 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     assert len(predictions) == len(arms) * 18 * 2
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["arms"]) == arms
+    assert metrics["arms"]["popularity"]["brier_score"]["value"] is None
     assert metrics["arms"]["always A"]["ranking_accuracy"] == {"value": 50, "low": 50, "high": 50}
     assert metrics["arms"]["again"] == metrics["arms"]["dpo"]
     assert (folder / "figures" / "accuracy.png").exists() and (folder / "figures" / "accuracy.pdf").exists()
@@ -121,17 +124,35 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
 
 
-def test_an_adapter_of_another_split_is_refused(training_flags, flags):
+def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flags, tmp_path, capsys):
     train_dpo.main(training_flags)
     with pytest.raises(UserError, match="it may have seen the test pairs"):
         evaluate_dpo.main([*flags, "--test_share", "0.4"])
+    evaluate_dpo.main([*flags, "--test_share", "0.4", "--resamples", "20", "--allow_mismatch", "true", "--fast", "true"])
+    assert capsys.readouterr().out.count("\nmismatch: ") == 2
+    assert (tmp_path / "outputs" / "evaluation" / "report.md").read_text().count("**Mismatch:**") == 2
+
+
+def test_one_arm_of_several_seeds(training_flags, flags, tmp_path):
+    folders = []
+    for seed in ("1", "2"):
+        mine = [*training_flags, "--outputs", str(tmp_path / seed), "--seed", seed]
+        train_dpo.main(mine)
+        folders.append(config.adapter_folder(config.parse_settings(config.TrainingSettings, mine), "dpo"))
+    sft = str(folders[0]).replace("_dpo_", "_sft_")
+    adapters = ["--adapters", f"sft={sft}", "dpo=" + ",".join(map(str, folders))]
+    predictions, _ = evaluate_dpo.predict(config.parse_settings(EvaluationSettings, [*flags, *adapters, "--strangers", "true"]))
+    dpo = predictions[predictions["arm"] == "dpo"]
+    assert list(dpo.groupby(["seed", "history"]).size()) == [36] * 4
+    assert dpo[dpo["history"] == "stranger"]["response_margin"].isna().all()
+    assert evaluate_dpo.compute_metrics(predictions, 50, 0)["arms"]["dpo"]["personalisation_gap"]["value"] is not None
 
 
 def predictions_of(**arms: np.ndarray) -> pd.DataFrame:
     """Rows of predictions.csv from decision margins (users, orders)."""
     pairs = make_pairs(len(next(iter(arms.values()))))
     counts = evaluate_dpo.film_counts(pairs)
-    return pd.concat([evaluate_dpo.frame(arm, "model", pairs, counts, margin, margin) for arm, margin in arms.items()])
+    return pd.concat([evaluate_dpo.frame(arm, "model", "1", "own", pairs, counts, margin, margin) for arm, margin in arms.items()])
 
 
 def test_measures_are_what_arithmetic_says():
@@ -145,13 +166,101 @@ def test_measures_are_what_arithmetic_says():
     assert (found["perfect"]["ranking_accuracy"], found["perfect"]["position_bias"]) == (100, 0)
     assert (found["perfect"]["swap_consistency"], found["perfect"]["decision_margin"]) == (100, 2)
     assert (found["only_a"]["ranking_accuracy"], found["only_a"]["order_free_accuracy"]) == (50, 100)
-    assert "dpo_minus_sft" not in metrics
+    assert "verdict" not in metrics and metrics["comparisons"] == {}
 
 
 def test_an_arm_that_answers_one_letter_is_told_so():
     always_b = np.tile([-1.0, 1.0], (40, 1))
-    found = evaluate_dpo.compute_metrics(predictions_of(sft=always_b, dpo=always_b), 100, 0)["dpo_minus_sft"]
+    found = evaluate_dpo.compute_metrics(predictions_of(sft=always_b, dpo=always_b), 100, 0)
     assert any("dpo answers B" in caveat for caveat in found["caveats"])
+
+
+def test_calibration_is_that_of_the_probability_of_option_a():
+    random = np.random.default_rng(3)
+    decision = random.normal(0.3, 1.5, (500, 2))
+    p_a = np.concatenate([1 / (1 + np.exp(-decision[:, 0])), 1 / (1 + np.exp(decision[:, 1]))])
+    is_a = np.concatenate([np.ones(500), np.zeros(500)])
+    edges = np.linspace(0, 1, 16)
+    wanted = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (p_a >= low) & (p_a < high)
+        if inside.any():
+            wanted += inside.mean() * abs(is_a[inside].mean() - p_a[inside].mean())
+    columns = evaluate_dpo.user_measures(decision, decision, decision, np.ones(500))
+    found = {name: evaluate_dpo.reduce_columns(name, value.mean(axis=0)) for name, value in columns.items()}
+    assert found["calibration_error"] == pytest.approx(wanted)
+    assert found["brier_score"] == pytest.approx(np.mean((p_a - is_a) ** 2))
+    assert evaluate_dpo.reduce_columns("calibration_error", evaluate_dpo.calibration_columns(np.zeros((9, 2))).mean(axis=0)) == 0
+
+
+def test_popularity_and_personalisation_measures():
+    decision = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [2.0, 2.0]])
+    stranger = np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0], [-2.0, -2.0]])
+    more_popular = np.array([1.0, 0.0, 0.0, np.nan])
+    columns = evaluate_dpo.user_measures(decision, decision, stranger, more_popular)
+    found = {name: float(evaluate_dpo.reduce_columns(name, value.mean(axis=0))) for name, value in columns.items()}
+    assert found["accuracy_with_popularity"] == 1
+    assert found["accuracy_against_popularity"] == 0.25
+    assert found["personalisation_gap"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)
+
+
+def test_a_stranger_is_another_user_and_always_the_same_one():
+    pairs = make_pairs(20)
+    strange = evaluate_dpo.with_strangers(pairs)
+    assert all(own.history != other.history for own, other in zip(pairs, strange, strict=True))
+    assert {pair.history for pair in pairs} == {pair.history for pair in strange}
+    assert [(pair.preferred, pair.other) for pair in pairs] == [(pair.preferred, pair.other) for pair in strange]
+    backwards = evaluate_dpo.with_strangers(pairs[::-1])
+    assert [pair.history for pair in backwards[::-1]] == [pair.history for pair in strange]
+
+
+def test_decisions_with_a_strangers_history_are_scored_without_the_responses(scorer):
+    model, tokenizer = scorer
+    pairs = make_pairs(4)
+    whole = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in pairs]
+    short = [evaluate_dpo.pair_tree(pair, tokenizer, decision_only=True) for pair in pairs]
+    assert all(len(few.tokens) < 0.8 * len(all_.tokens) for few, all_ in zip(short, whole, strict=True))
+    one, other = (evaluate_dpo.score(model.eval(), trees, 4, "test")[0] for trees in (whole, short))
+    assert np.allclose(one, other, atol=1e-4)
+
+
+def test_holm_is_the_step_down_correction():
+    assert evaluate_dpo.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluate_dpo.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert evaluate_dpo.holm([]) == []
+
+
+def test_seeds_widen_the_interval_by_their_spread():
+    random = np.random.default_rng(1)
+    users = 400
+    sft = np.repeat(random.choice([-1.0, 1.0], users, p=[0.4, 0.6])[:, None], 2, axis=1)
+    runs = [np.repeat(random.choice([-1.0, 1.0], users, p=[1 - right, right])[:, None], 2, axis=1) for right in (0.5, 0.65, 0.8)]
+    rows = [predictions_of(sft=sft)]
+    for seed, margin in enumerate(runs):
+        rows.append(predictions_of(dpo=margin).assign(seed=str(seed)))
+    many = evaluate_dpo.compute_metrics(pd.concat(rows), 2000, 0)
+    one = evaluate_dpo.compute_metrics(pd.concat([rows[0], rows[2]]), 2000, 0)
+    assert many["arms"]["dpo"]["seeds"] == 3
+    value = many["arms"]["dpo"]["ranking_accuracy"]
+    assert value["value"] == pytest.approx(100 * np.mean([(run[:, 0] > 0).mean() for run in runs]))
+    width = {name: found["comparisons"]["dpo - sft"]["high"] - found["comparisons"]["dpo - sft"]["low"] for name, found in (("many", many), ("one", one))}
+    assert width["many"] > 1.5 * width["one"]
+    assert not any("one training run" in caveat for caveat in many["caveats"])
+    assert any("one training run" in caveat for caveat in one["caveats"])
+
+
+def test_intervals_cover_the_truth_and_chance_is_not_called_support():
+    """4,000 simulated studies of 300 users whose two arms are equally good."""
+    random = np.random.default_rng(11)
+    skill = random.beta(4, 3, (300, 4000))
+    sft, dpo = ((random.random((2, 300, 4000)) < skill).mean(axis=0) for _ in range(2))
+    differences = 100 * (dpo - sft)
+    samples = evaluate_dpo.bootstrap_means(differences, 2000, seed=0)
+    intervals = [evaluate_dpo.percentile_interval(column) for column in samples.T]
+    covered = np.mean([low <= 0 <= high for low, high in intervals])
+    verdicts = [evaluate_dpo.verdict(value, *interval) for value, interval in zip(differences.mean(axis=0), intervals, strict=True)]
+    assert 0.94 <= covered <= 0.96
+    assert np.mean([found == "SUPPORTED" for found in verdicts]) <= 0.03, "2.5% and the noise of 4,000 studies"
 
 
 def test_verdict_rules():
