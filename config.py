@@ -208,6 +208,8 @@ class EvaluationSettings(Settings):
     adapters: list[str] = _setting([], "arms as name=folder, or name=folder,folder,... for one arm with several seeds")
     allow_mismatch: bool = _setting(False, "go on with an adapter of another base model, split or data, and report it")
     strangers: bool = _setting(True, "score decisions with a stranger's history, too, for the personalisation gap")
+    generate_users: int = _setting(100, "users for whom answers are generated, for repeat consistency and explanations")
+    generate_samples: int = _setting(5, "answers for each of them (temperature 0.7, top-p 0.95)")
     fast: bool = _setting(False, "compute in bfloat16: faster, and moves response margins by up to a nat")
     batch_users: int = _setting(16, "users scored at once; scores are in float32, so this moves them below 1e-3 nats")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
@@ -215,8 +217,9 @@ class EvaluationSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_users", "resamples"):
+        for name in ("batch_users", "resamples", "generate_samples"):
             self.require(name, getattr(self, name) >= 1, "of 1 or more")
+        self.require("generate_users", self.generate_users >= 0, "of 0 or more")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -237,6 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "logging_steps": 1,
         "batch_users": 4,
         "strangers": False,  # half as much scoring again
+        "generate_users": 0,  # a CPU generates an answer a second
     },
 }
 
@@ -253,7 +257,7 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments[:1] = _file_as_flags(arguments[0])
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
-        _import_unsloth_first(_peek(arguments, "backend") or "auto")
+        import_unsloth_first(_peek(arguments, "backend") or "auto")
     from transformers import HfArgumentParser
 
     preset = _peek(arguments, "preset")
@@ -697,7 +701,7 @@ def _named_errors(base_model: str) -> Iterator[None]:
         ) from error
 
 
-def _import_unsloth_first(backend: str) -> None:
+def import_unsloth_first(backend: str) -> None:
     """Import Unsloth before the libraries that it patches, where it will train.
 
     Raises:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ import pandas as pd
 
 import config
 from config import EvaluationSettings, UserError
-from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row
+from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row, recommended
 
 SCHEMA_VERSION = 1  # of metrics.json
 MEASURES = {  # name: (label, unit)
@@ -49,22 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     config.quiet_libraries()
     folder = config.evaluation_folder(settings)
+    generation: dict[str, Any] = {}
     mismatches: list[str] = []
     if settings.from_predictions:
         source = Path(settings.from_predictions)
     else:
         source = folder / "predictions.csv"
-        predictions, mismatches = predict(settings)
+        predictions, generated, mismatches = predict(settings)
         if not config.is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if generated is not None:
+            write_text(folder / "generations.csv", generated.to_csv(index=False, lineterminator="\n"))
+            generation = {arm: generation_measures(rows) for arm, rows in generated.groupby("arm", sort=False)}
+            config.write_json(folder / "generation.json", generation)
         write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
-    metrics = compute_metrics(read_predictions(source), settings.resamples, settings.seed)
+    predictions = read_predictions(source)
+    metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
-    write_text(folder / "report.md", report(metrics, mismatches))
+    write_text(folder / "report.md", report(metrics, generation, mismatches))
     write_text(folder / "table.tex", latex(metrics))
-    plot_accuracy(metrics, folder / "figures")
+    plot_all(predictions, metrics, folder / "figures")
     notes = "".join(f"\nmismatch: {mismatch}" for mismatch in mismatches)
     print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
 
@@ -79,9 +86,12 @@ def write_text(path: Path, text: str) -> None:
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, list[str]]:
-    """Score every held-out pair in both orders under all arms: (one row an arm, seed, user, order and history,
-    mismatches that were allowed).
+def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | None, list[str]]:
+    """Score every held-out pair in both orders under all arms.
+
+    Returns:
+        Rows of predictions.csv (one an arm, seed, user, order and history), rows of generations.csv (one an
+        answer; None where none were asked for), and the mismatches that were allowed.
 
     Raises:
         UserError: an adapter is missing or was trained on another base model or split.
@@ -104,18 +114,91 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, list[str]]:
     trees = [pair_tree(pair, tokenizer) for pair in test]
     strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in with_strangers(test)] if settings.strangers else []
 
+    asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]
+    generated: list[pd.DataFrame] = []
+
     def score_arm(arm: str, seed: str) -> None:
         parts.append(frame(arm, "model", seed, "own", test, popularity, *score(model, trees, settings.batch_users, arm)))
         if strange:
             decision, _ = score(model, strange, settings.batch_users, f"{arm} with strangers")
             parts.append(frame(arm, "model", seed, "stranger", test, popularity, decision, nothing))
+        if asked and config.is_main_process():
+            orders = [ORDERS[index % 2] for index in range(len(asked))]
+            prompts = [preference_row(pair, order)["prompt"] for pair, order in zip(asked, orders, strict=True)]
+            answers = generate_answers(model, tokenizer, prompts, settings.generate_samples, settings.seed, arm)
+            generated.append(generation_rows(arm, seed, asked, orders, answers))
 
     score_arm("base", "")
     for arm, folders in adapters.items():
         for seed, folder in folders.items():
             model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), folder)
             score_arm(arm, seed)
-    return pd.concat(parts, ignore_index=True), mismatches
+    return pd.concat(parts, ignore_index=True), pd.concat(generated) if generated else None, mismatches
+
+
+def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, seed: int, description: str) -> list[list[str]]:
+    """Sampled answers to each prompt, [prompt][sample], at temperature 0.7 and top-p 0.95."""
+    import torch
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)
+    answers: list[list[str]] = []
+    step = max(1, 64 // samples)
+    for start in tqdm(range(0, len(prompts), step), desc=f"generating {description}", unit="batch", leave=False):
+        text = tokenizer(prompts[start : start + step], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        with torch.inference_mode():
+            tokens = model.generate(
+                **text,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.95,
+                top_k=0,
+                max_new_tokens=96,
+                num_return_sequences=samples,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokenizer.batch_decode(tokens[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [new[first : first + samples] for first in range(0, len(new), samples)]
+    return answers
+
+
+def generation_rows(arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence[str], answers: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """One row a generated answer: what it recommends, and whether it argues with that film's genres.
+
+    own_genre: a genre of the recommended film is cited before the answer turns to the other option.
+    foreign_genre: a genre is cited there that neither film has. Both are false where nothing is recommended.
+    """
+    known = {genre for pair in pairs for film in (pair.preferred, pair.other) for genre in film.genres}
+    pattern = re.compile("|".join(rf"(?<![\w-]){re.escape(genre)}(?![\w-])" for genre in sorted(known, key=len, reverse=True)))
+    rows = []
+    for pair, order, texts in zip(pairs, orders, answers, strict=True):
+        films = {order: pair.preferred, ORDERS[1 - ORDERS.index(order)]: pair.other}
+        for sample, text in enumerate(texts):
+            letter = recommended(text)
+            argument = re.split(rf"Option {ORDERS[1 - ORDERS.index(letter)]}\b", text)[0] if letter else ""
+            cited = set(pattern.findall(argument))
+            own = set(films[letter].genres) if letter else set()
+            neither = cited - set(pair.preferred.genres) - set(pair.other.genres)
+            answer = {"answer": letter or "", "own_genre": bool(cited & own), "foreign_genre": bool(neither), "text": text}
+            rows.append({"arm": arm, "seed": seed, "pair_id": pair.pair_id, "order": order, "sample": sample} | answer)
+    return pd.DataFrame(rows)
+
+
+def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
+    """Shares of the generated answers of one arm; what recommends no single option stays in every denominator.
+
+    repeat_consistency: mean over users of the share of their answers that agree with the most frequent one.
+    """
+    agree = [users["answer"].value_counts().drop("", errors="ignore").max() / len(users) for _, users in rows.groupby("pair_id")]
+    return {
+        "answers": len(rows),
+        "repeat_consistency": number(float(np.mean(np.nan_to_num(agree)))),
+        "parsed": number(float((rows["answer"] != "").mean())),
+        "right": number(float((rows["answer"] == rows["order"]).mean())),
+        "cites_own_genre": number(float(rows["own_genre"].mean())),
+        "cites_foreign_genre": number(float(rows["foreign_genre"].mean())),
+    }
 
 
 def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
@@ -493,14 +576,30 @@ def verdict(difference: float, low: float, high: float) -> str:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    columns = {name: str for name in ("arm", "kind", "seed", "pair_id", "order", "history", "preferred_more_popular")}
+    """The rows of predictions.csv.
+
+    Raises:
+        UserError: there is no such file, or it is none of evaluate_dpo.py's.
+    """
+    text = {name: str for name in ("arm", "kind", "seed", "pair_id", "order", "history", "preferred_more_popular")}
     try:
-        predictions = pd.read_csv(path, dtype=columns, keep_default_na=False, na_values={name: [""] for name in MARGINS})
-        missing = {*columns, *MARGINS} - {*predictions.columns}
+        predictions = pd.read_csv(
+            path, dtype=text | dict.fromkeys(MARGINS, float), keep_default_na=False, na_values={name: [""] for name in MARGINS}
+        )
+        missing = {*text, *MARGINS} - {*predictions.columns}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}", "Give a predictions.csv of evaluate_dpo.py.") from None
-    if missing:
-        raise UserError(f"{path} has no column {', '.join(sorted(missing))}", "Give a predictions.csv of evaluate_dpo.py.")
+    problem = f"has no column {', '.join(sorted(missing))}" if missing else ""
+    if not problem:
+        key = ["arm", "seed", "pair_id", "order", "history"]
+        if predictions.empty:
+            problem = "holds no rows"
+        elif not (predictions["order"].isin(ORDERS) & predictions["history"].isin(("own", "stranger"))).all():
+            problem = "has an order that is neither A nor B, or a history that is neither own nor stranger"
+        elif predictions.duplicated(key).any():
+            problem = f"has two rows for the same {', '.join(key)}"
+    if problem:
+        raise UserError(f"{path} {problem}", "Give a predictions.csv of evaluate_dpo.py.")
     return predictions
 
 
@@ -652,7 +751,7 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
         gap = arms[arm]["personalisation_gap"]
         if gap["value"] is not None and gap["low"] <= 0:
             found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")
-        if arms[arm]["near_ties"] > 0.05 * 2 * metrics["users"] * arms[arm]["seeds"]:
+        if (arms[arm]["near_ties"] or 0) > 0.05 * 2 * metrics["users"] * arms[arm]["seeds"]:
             found.append(f"{arm} decides {arms[arm]['near_ties']:,} times by less than 0.01 nats: rounding could turn them")
     against = metrics["comparisons"].get("dpo - popularity")
     if against and against["value"] < 0:
@@ -682,7 +781,7 @@ def latex(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def report(metrics: dict[str, Any], mismatches: Sequence[str] = ()) -> str:
+def report(metrics: dict[str, Any], generation: dict[str, Any] | None = None, mismatches: Sequence[str] = ()) -> str:
     """All measures and the verdict as Markdown."""
     arms = metrics["arms"]
     lines = ["# DPO against SFT: ranking adherence", "", f"{metrics['users']:,} test users, both orders; 95% intervals.", ""]
@@ -695,35 +794,132 @@ def report(metrics: dict[str, Any], mismatches: Sequence[str] = ()) -> str:
     for name, found in metrics["comparisons"].items():
         values = [cell(found, "points"), *(f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points"))]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
+    if generation:
+        columns = ["answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre"]
+        lines += ["", "| generated answers | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---|" * len(columns)]
+        lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in columns) + " |" for arm, found in generation.items()]
     lines += ["", *(f"**Mismatch:** {mismatch}  " for mismatch in mismatches)]
     return "\n".join([*lines, *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
 
 
-def plot_accuracy(metrics: dict[str, Any], folder: Path) -> None:
-    """Ranking and response accuracy of all arms with 95% intervals, as PNG and PDF."""
+def plot_all(predictions: pd.DataFrame, metrics: dict[str, Any], folder: Path) -> None:
+    """Write every figure that these predictions allow, as PNG and PDF."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = list(metrics["arms"])
-    figure, axis = plt.subplots(figsize=(5.2, 0.45 * len(arms) + 1.1), layout="constrained")
-    styles = {"ranking_accuracy": ("o", "black", "ranking", -0.12), "response_accuracy": ("s", "0.6", "response", 0.12)}
-    for measure, (marker, colour, label, shift) in styles.items():
-        found = [(row, metrics["arms"][arm][measure]) for row, arm in enumerate(arms)]
-        found = [(row, value) for row, value in found if value["value"] is not None]
-        centre = np.array([value["value"] for _, value in found])
-        spread = np.abs(np.array([[value["low"], value["high"]] for _, value in found]).T - centre)
-        rows = np.array([row for row, _ in found]) + shift
-        axis.errorbar(centre, rows, xerr=spread, fmt=marker, color=colour, label=label, capsize=2, markersize=4)
-    axis.axvline(50, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="accuracy on held-out users, % (95% interval)")
-    axis.invert_yaxis()
-    axis.legend(frameon=False, loc="lower right")
     folder.mkdir(parents=True, exist_ok=True)
-    for ending in ("png", "pdf"):
-        figure.savefig(folder / f"accuracy.{ending}", dpi=200)
-    plt.close(figure)
+    everyone = list(metrics["arms"])
+    models = [arm for arm in everyone if metrics["arms"][arm]["kind"] == "model"]
+    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figures = {
+            "accuracy": draw_measures(
+                metrics, everyone, ["ranking_accuracy", "response_accuracy"], ["ranking", "response"], "accuracy, %", 50
+            ),
+            "popularity": draw_measures(
+                metrics,
+                everyone,
+                ["accuracy_with_popularity", "accuracy_against_popularity"],
+                ["preferred film more popular", "less popular"],
+                "ranking accuracy, %",
+                50,
+            ),
+            "position_bias": draw_measures(
+                metrics, models, ["position_bias"], [""], "position bias, A - B, points", 0
+            ),
+            "reliability": draw_reliability(predictions, models),
+            "margins": draw_margins(predictions),
+            "seeds": draw_seeds(predictions),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                for ending in ("png", "pdf"):
+                    figure.savefig(folder / f"{name}.{ending}", dpi=200)
+                plt.close(figure)
+
+
+def draw_measures(
+    metrics: dict[str, Any], arms: Sequence[str], measures: Sequence[str], labels: Sequence[str], axis_label: str, middle: float
+) -> Any:
+    """One row an arm: measures with their 95% intervals."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(3.5, 0.28 * len(arms) + 0.9), layout="constrained")
+    for number, (measure, label) in enumerate(zip(measures, labels, strict=True)):
+        shown = [(row, metrics["arms"][arm][measure]) for row, arm in enumerate(arms)]
+        shown = [(row, found) for row, found in shown if found["value"] is not None]
+        if not shown:
+            continue
+        centre = np.array([found["value"] for _, found in shown])
+        spread = np.abs(np.array([[found["low"], found["high"]] for _, found in shown]).T - centre)
+        rows = np.array([row for row, _ in shown]) + 0.24 * (number - (len(measures) - 1) / 2)
+        style = {"fmt": "os"[number], "color": ["black", "0.55"][number], "capsize": 2, "markersize": 3.5, "linewidth": 1}
+        axis.errorbar(centre, rows, xerr=spread, label=label, **style)
+    axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"{axis_label} (95% interval)")
+    axis.invert_yaxis()
+    if len(measures) > 1:
+        figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Any:
+    """How often Option A is right against p(Option A), in 15 bins; the diagonal is perfect calibration."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(3.5, 3.0), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
+    own = predictions[predictions["history"] == "own"]
+    for number, arm in enumerate(arms):
+        rows = own[own["arm"] == arm]
+        is_a = (rows["order"] == "A").to_numpy()
+        p_a = 1 / (1 + np.exp(-rows["decision_margin"].to_numpy() * np.where(is_a, 1, -1)))
+        bins = pd.DataFrame({"p": p_a, "right": is_a}).groupby(np.minimum((p_a * 15).astype(int), 14))
+        bins = bins.agg(p=("p", "mean"), right=("right", "mean"), count=("p", "size"))
+        bins = bins[bins["count"] >= 10]
+        error = 1.96 * np.sqrt(bins["right"] * (1 - bins["right"]) / bins["count"])
+        style = {"marker": "os^Dv"[number % 5], "linestyle": ["-", "--", ":", "-."][number % 4], "markersize": 3.5, "linewidth": 1}
+        axis.errorbar(bins["p"], bins["right"], yerr=error, label=arm, capsize=2, **style)
+    axis.set(xlabel="p(Option A)", ylabel="share of times that Option A is right", xlim=(0, 1), ylim=(0, 1))
+    axis.legend()
+    return figure
+
+
+def draw_margins(predictions: pd.DataFrame) -> Any:
+    """Decision margins of DPO against SFT, one point a user (mean over orders and seeds)."""
+    import matplotlib.pyplot as plt
+
+    own = predictions[(predictions["history"] == "own") & predictions["arm"].isin(("sft", "dpo"))]
+    wide = own.pivot_table(index="pair_id", columns="arm", values="decision_margin", aggfunc="mean")
+    if not {"sft", "dpo"} <= set(wide):
+        return None
+    figure, axis = plt.subplots(figsize=(3.5, 3.2), layout="constrained")
+    axis.scatter(wide["sft"], wide["dpo"], s=6, color="black", alpha=0.35, linewidths=0)
+    axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    for x, y, text in ((0.02, 0.98, "only DPO right"), (0.98, 0.98, "both right"), (0.02, 0.02, "both wrong"), (0.98, 0.02, "only SFT right")):
+        side, height = ("left" if x < 0.5 else "right"), ("bottom" if y < 0.5 else "top")
+        axis.text(x, y, text, transform=axis.transAxes, ha=side, va=height, color="0.4")
+    axis.set(xlabel="SFT: decision margin, mean of both orders (nats)", ylabel="DPO: decision margin (nats)")
+    return figure
+
+
+def draw_seeds(predictions: pd.DataFrame) -> Any:
+    """Ranking accuracy of each training run, where an arm has several."""
+    import matplotlib.pyplot as plt
+
+    own = predictions[(predictions["history"] == "own") & (predictions["kind"] == "model")]
+    accuracy = (100 * own.assign(right=wins(own["decision_margin"].to_numpy())).groupby(["arm", "seed"], sort=False)["right"].mean()).reset_index()
+    if not accuracy.duplicated("arm").any():
+        return None
+    arms = list(dict.fromkeys(accuracy["arm"]))
+    figure, axis = plt.subplots(figsize=(3.5, 0.28 * len(arms) + 0.8), layout="constrained")
+    axis.scatter(accuracy["right"], accuracy["arm"].map(arms.index), s=16, facecolors="none", edgecolors="black")
+    axis.axvline(50, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="ranking accuracy of each seed, %")
+    axis.invert_yaxis()
+    return figure
 
 
 if __name__ == "__main__":

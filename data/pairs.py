@@ -183,6 +183,13 @@ def preference_rows(pairs: Sequence[Pair], option_order: str = "balanced", seed:
     return [preference_row(pair, "A" if pair.pair_id in in_order_a else "B") for pair in pairs]
 
 
+def recommended(answer: str) -> str | None:
+    """The option that an answer recommends, "A" or "B"; None where it recommends neither or cannot decide."""
+    decision = _DECISION.search(answer)
+    letters = {decision[1]} if decision else set(_MENTION.findall(answer))
+    return letters.pop() if len(letters) == 1 else None
+
+
 def ids_digest(pairs: Iterable[Pair]) -> str:
     """One hash for a set of pairs, whatever their order: two splits are equal when it is equal."""
     return _digest(*sorted(pair.pair_id for pair in pairs))
@@ -233,9 +240,7 @@ def _parse_line(line: bytes) -> Pair:
     if films["A"].title == films["B"].title:
         raise PairsError("Option A and Option B are the same film")
 
-    decision = _DECISION.search(text["output"])
-    letters = {decision[1]} if decision else set(_MENTION.findall(text["output"]))
-    if len(letters) != 1:
-        raise PairsError(f"the output recommends {'neither option' if not letters else 'both options'}")
-    order = letters.pop()
+    order = recommended(text["output"])
+    if order is None:
+        raise PairsError(f"the output recommends {'both options' if _MENTION.search(text['output']) else 'neither option'}")
     return Pair(history, films[order], films["B" if order == "A" else "A"], order)

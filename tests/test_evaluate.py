@@ -82,8 +82,8 @@ def test_two_adapters_on_one_base_score_as_each_alone(training_flags, flags):
         trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in test]
         model = evaluate_dpo.load_adapter(model, stage, config.adapter_folder(settings, stage))
         alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
-    predictions, mismatches = evaluate_dpo.predict(settings)
-    assert mismatches == []
+    predictions, generated, mismatches = evaluate_dpo.predict(settings)
+    assert mismatches == [] and generated is None
     predictions = predictions[predictions["history"] == "own"]
     for stage in ("sft", "dpo"):
         together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
@@ -114,7 +114,9 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     assert metrics["arms"]["popularity"]["brier_score"]["value"] is None
     assert metrics["arms"]["always A"]["ranking_accuracy"] == {"value": 50, "low": 50, "high": 50}
     assert metrics["arms"]["again"] == metrics["arms"]["dpo"]
-    assert (folder / "figures" / "accuracy.png").exists() and (folder / "figures" / "accuracy.pdf").exists()
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    names = ("accuracy", "popularity", "position_bias", "reliability", "margins")
+    assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
     assert "| popularity |" in (folder / "report.md").read_text()
 
     before = (folder / "metrics.json").read_bytes()
@@ -141,7 +143,9 @@ def test_one_arm_of_several_seeds(training_flags, flags, tmp_path):
         folders.append(config.adapter_folder(config.parse_settings(config.TrainingSettings, mine), "dpo"))
     sft = str(folders[0]).replace("_dpo_", "_sft_")
     adapters = ["--adapters", f"sft={sft}", "dpo=" + ",".join(map(str, folders))]
-    predictions, _ = evaluate_dpo.predict(config.parse_settings(EvaluationSettings, [*flags, *adapters, "--strangers", "true"]))
+    extra = [*adapters, "--strangers", "true", "--generate_users", "3", "--generate_samples", "2"]
+    predictions, generated, _ = evaluate_dpo.predict(config.parse_settings(EvaluationSettings, [*flags, *extra]))
+    assert list(generated.groupby(["arm", "seed"], sort=False).size()) == [6] * 4
     dpo = predictions[predictions["arm"] == "dpo"]
     assert list(dpo.groupby(["seed", "history"]).size()) == [36] * 4
     assert dpo[dpo["history"] == "stranger"]["response_margin"].isna().all()
@@ -204,6 +208,27 @@ def test_popularity_and_personalisation_measures():
     assert found["personalisation_gap"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)
 
 
+def test_generated_answers_are_read_by_what_they_recommend_and_cite():
+    pair = make_pairs(1)[0]
+    own, other = pair.preferred.genres[0], pair.other.genres[0]
+    texts = [
+        f"The better recommendation is Option A. Reasoning: themes found in {own}. Option B ({other}) does not align.",
+        f"The better recommendation is Option B. Reasoning: themes found in {own}. Option A does not align.",
+        "Option A and Option B are both good.",
+        "I like films.",
+    ]
+    rows = evaluate_dpo.generation_rows("dpo", "1", [pair], ["A"], [texts])
+    assert list(rows["answer"]) == ["A", "B", "", ""]
+    assert list(rows["own_genre"]) == [True, False, False, False]
+    assert not rows["foreign_genre"].any()
+    found = evaluate_dpo.generation_measures(rows)
+    assert (found["parsed"], found["right"], found["repeat_consistency"], found["cites_own_genre"]) == (0.5, 0.25, 0.25, 0.25)
+    stranger = make_pairs(8)
+    rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [[f"Option A. War and Sci-Fi."] for _ in stranger])
+    wanted = [bool({"War", "Sci-Fi"} - {*pair.preferred.genres, *pair.other.genres}) for pair in stranger]
+    assert list(rows["foreign_genre"]) == wanted
+
+
 def test_a_stranger_is_another_user_and_always_the_same_one():
     pairs = make_pairs(20)
     strange = evaluate_dpo.with_strangers(pairs)
@@ -230,7 +255,7 @@ def test_holm_is_the_step_down_correction():
     assert evaluate_dpo.holm([]) == []
 
 
-def test_seeds_widen_the_interval_by_their_spread():
+def test_seeds_widen_the_interval_by_their_spread(tmp_path):
     random = np.random.default_rng(1)
     users = 400
     sft = np.repeat(random.choice([-1.0, 1.0], users, p=[0.4, 0.6])[:, None], 2, axis=1)
@@ -246,6 +271,8 @@ def test_seeds_widen_the_interval_by_their_spread():
     width = {name: found["comparisons"]["dpo - sft"]["high"] - found["comparisons"]["dpo - sft"]["low"] for name, found in (("many", many), ("one", one))}
     assert width["many"] > 1.5 * width["one"]
     assert not any("one training run" in caveat for caveat in many["caveats"])
+    evaluate_dpo.plot_all(pd.concat(rows), many, tmp_path)
+    assert (tmp_path / "seeds.pdf").exists()
     assert any("one training run" in caveat for caveat in one["caveats"])
 
 
@@ -327,9 +354,22 @@ def test_baselines_are_fitted_on_the_training_part_only():
     assert not margins["popularity"].any() and not margins["co-occurrence"].any() and not margins["genre overlap"].any()
 
 
-@pytest.mark.parametrize("content", ["", "arm,kind\na,b\n"])
-def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content):
+HEADER = "arm,kind,seed,pair_id,order,history,decision_margin,response_margin,preferred_more_popular\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "cannot read"),
+        ("arm,kind\na,b\n", "has no column"),
+        (HEADER, "holds no rows"),
+        (HEADER + "sft,model,,x,C,own,1,1,true\n", "neither A nor B"),
+        (HEADER + "sft,model,,x,A,own,1,1,true\n" * 2, "two rows for the same"),
+        (HEADER + "sft,model,,x,A,own,high,1,true\n", "cannot read"),
+    ],
+)
+def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem):
     path = tmp_path / "p.csv"
     path.write_text(content)
-    with pytest.raises(UserError, match="predictions.csv"):
+    with pytest.raises(UserError, match=problem):
         evaluate_dpo.read_predictions(path)

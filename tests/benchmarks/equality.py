@@ -51,7 +51,7 @@ def score(options: argparse.Namespace, backend: str, out: str) -> None:
     """Write {"bits dtype": summed response log-probabilities} of one backend; a case that fails is left out."""
     import config
 
-    config._import_unsloth_first(backend)
+    config.import_unsloth_first(backend)
     import torch
     from peft import PeftModel
 

@@ -86,7 +86,7 @@ def run_case(case: dict) -> dict:
     """Train one case for a few steps and measure it."""
     import config
 
-    config._import_unsloth_first(case["backend"])
+    config.import_unsloth_first(case["backend"])
     import torch
     from transformers import TrainerCallback
 
