@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import resource
 import shutil
@@ -129,7 +130,7 @@ def train_stage(
         shutil.rmtree(checkpoints, ignore_errors=True)
     print(
         f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} in {run['steps']} steps, "
-        f"{run['wall_seconds']:.0f} s, {run['rows_per_second'] or 0:.2f} rows/s, {run['peak_memory_gb']} GB -> {folder}",
+        f"{run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB -> {folder}",
         flush=True,
     )
     del trainer
@@ -191,8 +192,10 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
     state = trainer.accelerator.get_state_dict(trainer.model) if config.under_fsdp() else None
     if config.is_main_process():
         with config.whole_folder(folder) as made:
-            model.peft_config["default"].base_model_name_or_path = settings.base_model
+            model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)
             model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
+            described = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
+            config.write_json(made / "adapter_config.json", described | {"base_model_name_or_path": settings.base_model})
             config.load_tokenizer(settings).save_pretrained(made)
             config.write_json(made / "run.json", run)
             plot_losses(run["log_history"], run["stage"], made / "loss.png")
