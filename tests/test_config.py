@@ -137,17 +137,21 @@ def test_other_precisions_load_and_run(tiny_model, bits):
         assert torch.isfinite(model(input_ids=text["input_ids"]).logits).all()
 
 
-def test_gradients_are_above_zero_after_an_evaluation_of_4_bit_weights(tiny_model):
-    model, tokenizer = config.load_model(EvaluationSettings(base_model=str(tiny_model)), torch.float32)
-    text = tokenizer("The better recommendation is Option A.", return_tensors="pt")["input_ids"]
-    embeddings = model.get_input_embeddings()(text).detach()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_above_zero_after_an_evaluation_of_4_bit_weights(tiny_model, dtype):
+    """Through one layer alone: around it, the residual stream would carry a gradient in any case."""
+    model, _ = config.load_model(EvaluationSettings(base_model=str(tiny_model)), dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model.eval()
     with torch.no_grad():
-        before = model.eval()(inputs_embeds=embeddings).logits
-    embeddings.requires_grad_()
-    after = model.train()(inputs_embeds=embeddings).logits
-    after.logsumexp(-1).sum().backward()
-    assert torch.allclose(before, after, atol=1e-4)
-    assert embeddings.grad.norm() > 0
+        before = layer(inputs)
+    model.train()
+    after = layer(inputs.requires_grad_())
+    after.sum().backward()
+    assert torch.equal(before, after)
+    assert inputs.grad.norm() > 0
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False), "the weights were repacked"
 
 
 @pytest.mark.parametrize("script", ["train_dpo.py", "evaluate_dpo.py"])
