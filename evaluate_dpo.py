@@ -61,26 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if generated is not None:
-            write_text(folder / "generations.csv", generated.to_csv(index=False, lineterminator="\n"))
+            config.write_text(folder / "generations.csv", generated.to_csv(index=False, lineterminator="\n"))
             generation = {arm: generation_measures(rows) for arm, rows in generated.groupby("arm", sort=False)}
             config.write_json(folder / "generation.json", generation)
-        write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
+        config.write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
     predictions = read_predictions(source)
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
-    write_text(folder / "report.md", report(metrics, generation, mismatches))
-    write_text(folder / "table.tex", latex(metrics))
+    config.write_text(folder / "report.md", report(metrics, generation, mismatches))
+    config.write_text(folder / "table.tex", latex(metrics))
     plot_all(predictions, metrics, folder / "figures")
     notes = "".join(f"\nmismatch: {mismatch}" for mismatch in mismatches)
     print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------- scoring

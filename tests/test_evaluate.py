@@ -224,7 +224,7 @@ def test_generated_answers_are_read_by_what_they_recommend_and_cite():
     found = evaluate_dpo.generation_measures(rows)
     assert (found["parsed"], found["right"], found["repeat_consistency"], found["cites_own_genre"]) == (0.5, 0.25, 0.25, 0.25)
     stranger = make_pairs(8)
-    rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [[f"Option A. War and Sci-Fi."] for _ in stranger])
+    rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [["Option A. War and Sci-Fi."] for _ in stranger])
     wanted = [bool({"War", "Sci-Fi"} - {*pair.preferred.genres, *pair.other.genres}) for pair in stranger]
     assert list(rows["foreign_genre"]) == wanted
 
