@@ -11,6 +11,7 @@ minus other film; the unit of every interval is the user.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -39,6 +40,7 @@ MEASURES = {  # name: (label, unit)
     "accuracy_with_popularity": ("ranking accuracy where the preferred film is the more popular", "%"),
     "accuracy_against_popularity": ("ranking accuracy where it is the less popular", "%"),
     "personalisation_gap": ("loss of ranking accuracy with a stranger's history", "points"),
+    "precision_consistency": ("decisions that are the same in the first precision", "%"),
     "brier_score": ("Brier score of the decision", ""),
     "calibration_error": ("expected calibration error of the decision", ""),
 }
@@ -50,13 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     config.quiet_libraries()
     folder = config.evaluation_folder(settings)
+    source = Path(settings.from_predictions or folder / "predictions.csv")
     generation: dict[str, Any] = {}
-    mismatches: list[str] = []
-    if settings.from_predictions:
-        source = Path(settings.from_predictions)
-    else:
-        source = folder / "predictions.csv"
-        predictions, generated, mismatches = predict(settings)
+    run: dict[str, Any] = {"mismatches": []}
+    if not settings.from_predictions:
+        predictions, generated, run = predict(settings)
         if not config.is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,26 +65,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             generation = {arm: generation_measures(rows) for arm, rows in generated.groupby("arm", sort=False)}
             config.write_json(folder / "generation.json", generation)
         config.write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
+    began = time.monotonic()
     predictions = read_predictions(source)
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
-    config.write_text(folder / "report.md", report(metrics, generation, mismatches))
+    config.write_text(folder / "report.md", report(metrics, generation, run["mismatches"]))
     config.write_text(folder / "table.tex", latex(metrics))
     plot_all(predictions, metrics, folder / "figures")
-    notes = "".join(f"\nmismatch: {mismatch}" for mismatch in mismatches)
+    if not settings.from_predictions:
+        run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
+        config.write_json(folder / "run.json", run)
+    notes = "".join(f"\nmismatch: {mismatch}" for mismatch in run["mismatches"])
     print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
 
 
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | None, list[str]]:
+def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, Any]]:
     """Score every held-out pair in both orders under all arms.
 
     Returns:
         Rows of predictions.csv (one an arm, seed, user, order and history), rows of generations.csv (one an
-        answer; None where none were asked for), and the mismatches that were allowed.
+        answer; None where none were asked for), and what run.json says: settings, adapters, mismatches that were
+        allowed, seconds by part.
 
     Raises:
         UserError: an adapter is missing or was trained on another base model or split.
@@ -103,30 +108,64 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         frame(arm, "baseline", "", "own", test, popularity, decision, nothing)
         for arm, decision in baseline_margins(train, test).items()
     ]
-    model, tokenizer = config.load_model(settings, config.training_dtype() if settings.fast else torch.float32)
-    trees = [pair_tree(pair, tokenizer) for pair in test]
-    strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in with_strangers(test)] if settings.strangers else []
-
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]
     generated: list[pd.DataFrame] = []
+    seconds: dict[str, float] = {}
 
-    def score_arm(arm: str, seed: str) -> None:
-        parts.append(frame(arm, "model", seed, "own", test, popularity, *score(model, trees, settings.batch_users, arm)))
-        if strange:
-            decision, _ = score(model, strange, settings.batch_users, f"{arm} with strangers")
-            parts.append(frame(arm, "model", seed, "stranger", test, popularity, decision, nothing))
-        if asked and config.is_main_process():
-            orders = [ORDERS[index % 2] for index in range(len(asked))]
-            prompts = [preference_row(pair, order)["prompt"] for pair, order in zip(asked, orders, strict=True)]
-            answers = generate_answers(model, tokenizer, prompts, settings.generate_samples, settings.seed, arm)
-            generated.append(generation_rows(arm, seed, asked, orders, answers))
+    for precision in precisions(settings):
+        first = precision.bits == settings.bits
+        suffix = "" if first else f"@{precision.bits}bit"
+        with timed(seconds, f"loading{suffix}"):
+            model, tokenizer = config.load_model(precision, config.training_dtype() if settings.fast else torch.float32)
+        trees = [pair_tree(pair, tokenizer) for pair in test]
+        strangers = with_strangers(test) if settings.strangers and first else []
+        strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
+        loaded = [("base", "", None)] + [(arm, seed, path) for arm, folders in adapters.items() for seed, path in folders.items()]
+        for arm, seed, path in loaded:
+            if path is not None:
+                model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), path)
+            arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()
+            with timed(seconds, f"scoring {run}"):
+                scores = score(model, trees, settings.batch_users, run)
+            parts.append(frame(arm, "model", seed, "own", test, popularity, *scores))
+            if strange:
+                with timed(seconds, f"scoring {run} with strangers' histories"):
+                    decision, _ = score(model, strange, settings.batch_users, f"{run} with strangers")
+                parts.append(frame(arm, "model", seed, "stranger", test, popularity, decision, nothing))
+            if asked and first and config.is_main_process():
+                orders = [ORDERS[index % 2] for index in range(len(asked))]
+                prompts = [preference_row(pair, order)["prompt"] for pair, order in zip(asked, orders, strict=True)]
+                with timed(seconds, f"generating {run}"):
+                    answers = generate_answers(model, tokenizer, prompts, settings.generate_samples, settings.seed, run)
+                generated.append(generation_rows(arm, seed, asked, orders, answers))
+        model = None  # before the next precision is loaded
+    run = {
+        "settings": dataclasses.asdict(settings),
+        "data": {"pairs_sha256": config.file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
+        "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
+        "mismatches": mismatches,
+        "processes": config.process_count(),
+        "seconds": seconds,
+        **config.environment_facts(),
+    }
+    return pd.concat(parts, ignore_index=True), pd.concat(generated) if generated else None, run
 
-    score_arm("base", "")
-    for arm, folders in adapters.items():
-        for seed, folder in folders.items():
-            model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), folder)
-            score_arm(arm, seed)
-    return pd.concat(parts, ignore_index=True), pd.concat(generated) if generated else None, mismatches
+
+def precisions(settings: EvaluationSettings) -> list[EvaluationSettings]:
+    """The settings of each precision to score in; a base model stored in 4 bits gives way to its 16-bit original."""
+    found = [settings]
+    if settings.second_bits:
+        name = settings.base_model if settings.second_bits == 4 else settings.base_model.removesuffix("-bnb-4bit")
+        found.append(dataclasses.replace(settings, bits=settings.second_bits, base_model=name, second_bits=None))
+    return found
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Note how long the block takes, in seconds."""
+    began = time.monotonic()
+    yield
+    seconds[what] = round(time.monotonic() - began, 1)
 
 
 def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, seed: int, description: str) -> list[list[str]]:
@@ -136,7 +175,7 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], samples
 
     torch.manual_seed(seed)
     answers: list[list[str]] = []
-    step = max(1, 64 // samples)
+    step = max(1, (256 if config.cuda_present() else 64) // samples)
     for start in tqdm(range(0, len(prompts), step), desc=f"generating {description}", unit="batch", leave=False):
         text = tokenizer(prompts[start : start + step], return_tensors="pt", padding=True, padding_side="left").to(model.device)
         with torch.inference_mode():
@@ -211,8 +250,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
     given = {}
     for text in settings.adapters:
         name, _, paths = text.partition("=")
-        if not name or not paths or name in (*given, "base", *BASELINES):
-            raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own.")
+        if not name or not paths or "@" in name or name in (*given, "base", *BASELINES):
+            raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own that holds no @.")
         given[name] = [Path(path) for path in paths.split(",")]
     arms = {stage: given.pop(stage, [config.adapter_folder(settings, stage)]) for stage in ("sft", "dpo")} | given
     adapters: dict[str, dict[str, Path]] = {}
@@ -433,13 +472,14 @@ def baseline_margins(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, n
 
 
 def user_measures(
-    decision: np.ndarray, response: np.ndarray, stranger: np.ndarray, more_popular: np.ndarray
+    decision: np.ndarray, response: np.ndarray, stranger: np.ndarray, first: np.ndarray, more_popular: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Each measure as columns over users, so that any resample of users is a mean over rows.
 
     Args:
         decision, response: margins in nats, (users, orders A and B).
         stranger: decision margins with another user's history, (users, orders); nan where not scored.
+        first: decision margins of the same adapter in the first precision, (users, orders); nan where there is none.
         more_popular: 1 where the preferred film is the more popular one in training, 0 where it is not, nan for a tie.
 
     Returns:
@@ -459,6 +499,7 @@ def user_measures(
         "response_margin": response.mean(axis=1),
         "brier_score": ((1 - probability) ** 2).mean(axis=1),
         "personalisation_gap": (right - wins(stranger)).mean(axis=1),
+        "precision_consistency": np.where(np.isnan(first), np.nan, wins(first) == right).mean(axis=1),
     }
     columns = {name: value.astype(float)[:, None] for name, value in single.items()}
     for name, wanted in (("accuracy_with_popularity", 1), ("accuracy_against_popularity", 0)):
@@ -621,7 +662,9 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
         for run, run_rows in rows.groupby("seed", sort=False):
             decision, response = (margins(run_rows, name, users) for name in MARGINS)
             stranger = strange[(strange["arm"] == arm) & (strange["seed"] == run)]
-            by_seed.append(user_measures(decision, response, margins(stranger, "decision_margin", users), more_popular))
+            first = own[(own["arm"] == arm.partition("@")[0]) & (own["seed"] == run) & (arm != arm.partition("@")[0])]
+            others = (margins(part, "decision_margin", users) for part in (stranger, first))
+            by_seed.append(user_measures(decision, response, *others, more_popular))
             total += decision.sum(axis=1)
             near_ties += int((np.abs(decision) < 0.01).sum())
         kind = rows["kind"].iloc[0]
@@ -642,7 +685,8 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
         order_free[arm] = wins(total)
         metrics["arms"][arm] = found
 
-    pairs_of_arms = [(arm, "sft") for arm in accuracy if metrics["arms"][arm]["kind"] == "model" and arm != "sft"]
+    models = [(arm, *arm.partition("@")) for arm in accuracy if metrics["arms"][arm]["kind"] == "model"]
+    pairs_of_arms = [(arm, "sft" + at + bits) for arm, name, at, bits in models if name != "sft"]  # in one precision
     pairs_of_arms += [("dpo", other) for other in ("base", "popularity")]
     comparisons = {}
     for one, other in pairs_of_arms:

@@ -11,8 +11,10 @@ Pairs -> preference rows -> SFT on the chosen responses -> DPO on chosen against
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import math
 import resource
@@ -161,8 +163,9 @@ def train_within_memory(
     while True:
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
         try:
-            trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter, batch_size)
-            trainer.train()
+            with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
+                trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter, batch_size)
+                trainer.train()
             return trainer, batch_size
         except torch.OutOfMemoryError:
             trainer = None  # goes on below, where the error no longer holds on to the tensors

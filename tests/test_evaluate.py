@@ -82,8 +82,9 @@ def test_two_adapters_on_one_base_score_as_each_alone(training_flags, flags):
         trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in test]
         model = evaluate_dpo.load_adapter(model, stage, config.adapter_folder(settings, stage))
         alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
-    predictions, generated, mismatches = evaluate_dpo.predict(settings)
-    assert mismatches == [] and generated is None
+    predictions, generated, run = evaluate_dpo.predict(settings)
+    assert run["mismatches"] == [] and generated is None
+    assert {"loading", "scoring base", "scoring sft 3407", "scoring dpo 3407"} == set(run["seconds"])
     predictions = predictions[predictions["history"] == "own"]
     for stage in ("sft", "dpo"):
         together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
@@ -124,6 +125,22 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     saved.write_bytes((folder / "predictions.csv").read_bytes())
     evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved), "--outputs", str(tmp_path / "again")])
     assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
+
+
+def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags, flags, tmp_path):
+    train_dpo.main(training_flags)
+    evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16"])
+    metrics = json.loads((tmp_path / "outputs" / "evaluation" / "metrics.json").read_text())
+    rows = pd.read_csv(tmp_path / "outputs" / "evaluation" / "predictions.csv")
+    right = {arm: (rows.loc[rows["arm"] == arm, "decision_margin"] > 0).to_numpy() for arm in ("dpo", "dpo@16bit")}
+    same = 100 * np.mean(right["dpo"] == right["dpo@16bit"])
+    assert metrics["arms"]["dpo@16bit"]["precision_consistency"]["value"] == pytest.approx(same, abs=1e-4)
+    assert metrics["arms"]["dpo"]["precision_consistency"]["value"] is None
+    assert {"dpo - sft", "dpo@16bit - sft@16bit", "base@16bit - sft@16bit"} <= set(metrics["comparisons"])
+    margins = [rows.loc[rows["arm"] == arm, "response_margin"].to_numpy() for arm in ("dpo", "dpo@16bit")]
+    assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
+    with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
+        config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])
 
 
 def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flags, tmp_path, capsys):
@@ -190,7 +207,7 @@ def test_calibration_is_that_of_the_probability_of_option_a():
         inside = (p_a >= low) & (p_a < high)
         if inside.any():
             wanted += inside.mean() * abs(is_a[inside].mean() - p_a[inside].mean())
-    columns = evaluate_dpo.user_measures(decision, decision, decision, np.ones(500))
+    columns = evaluate_dpo.user_measures(decision, decision, decision, decision, np.ones(500))
     found = {name: evaluate_dpo.reduce_columns(name, value.mean(axis=0)) for name, value in columns.items()}
     assert found["calibration_error"] == pytest.approx(wanted)
     assert found["brier_score"] == pytest.approx(np.mean((p_a - is_a) ** 2))
@@ -201,11 +218,12 @@ def test_popularity_and_personalisation_measures():
     decision = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [2.0, 2.0]])
     stranger = np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0], [-2.0, -2.0]])
     more_popular = np.array([1.0, 0.0, 0.0, np.nan])
-    columns = evaluate_dpo.user_measures(decision, decision, stranger, more_popular)
+    columns = evaluate_dpo.user_measures(decision, decision, stranger, -decision, more_popular)
     found = {name: float(evaluate_dpo.reduce_columns(name, value.mean(axis=0))) for name, value in columns.items()}
     assert found["accuracy_with_popularity"] == 1
     assert found["accuracy_against_popularity"] == 0.25
     assert found["personalisation_gap"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)
+    assert found["precision_consistency"] == 0
 
 
 def test_generated_answers_are_read_by_what_they_recommend_and_cite():

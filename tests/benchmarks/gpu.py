@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
-CASES = [  # backend, micro-batch, checkpointing
-    ("unsloth", 1, True),
-    ("unsloth", 2, True),
-    ("unsloth", 4, True),
+CASES = [  # backend, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
+    ("unsloth", 8, "offloaded"),
     ("unsloth", 8, True),
+    ("unsloth", 4, True),
+    ("unsloth", 1, True),
     ("hf", 8, True),
     ("hf", 2, False),
     ("hf", 4, False),
@@ -62,7 +62,8 @@ def build_shape(folder: Path, tokenizer_from: str) -> None:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     AutoModelForCausalLM.from_pretrained(raw, quantization_config=nf4, device_map={"": 0}, dtype="auto").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    for made in (raw, folder):
+        AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(made)
 
 
 def matrix_rate(seconds: float = 2.0) -> float:
@@ -98,6 +99,7 @@ def run_case(case: dict) -> dict:
     if case["memory_gb"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory_gb"] * 1e9 / total)
+    config.UNSLOTH_CHECKPOINTING = "unsloth" if case["checkpointing"] == "offloaded" else True
     settings = config.preset_settings(
         config.TrainingSettings,
         "thesis",
@@ -106,7 +108,7 @@ def run_case(case: dict) -> dict:
         backend=case["backend"],
         outputs=case["work"],
         effective_batch=case["effective_batch"],
-        gradient_checkpointing=case["checkpointing"],
+        gradient_checkpointing=bool(case["checkpointing"]),
         validation_pairs=0,
         max_steps=WARM_UP + TIMED,
         logging_steps=1,
@@ -193,7 +195,7 @@ def main() -> None:
         print(json.dumps(records[-1]), flush=True)
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "gpu.json").write_text(json.dumps(records, indent=1) + "\n")
-    (options.results / "gpu.md").write_text(as_table(records))
+        (options.results / "gpu.md").write_text(as_table(records))
 
 
 def as_table(records: list[dict]) -> str:
