@@ -60,3 +60,13 @@ def test_no_data_or_weights_are_committed():
 
     tracked = subprocess.run(["git", "-C", config.ROOT, "ls-files"], capture_output=True, text=True).stdout.splitlines()
     assert not [name for name in tracked if re.search(r"\.(jsonl|safetensors|gguf|bin|pt|whl|zip)$", name)]
+
+
+def test_the_schema_of_metrics_json_is_the_documented_one():
+    text = (config.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    metrics = json.loads((config.ROOT / "docs" / "results" / "small" / "metrics.json").read_text(encoding="utf-8"))
+    comparison = metrics["comparisons"]["dpo - sft"]
+    for key in [*metrics, *metrics["arms"]["dpo"], *comparison]:
+        assert f"`{key}`" in text, f"docs/metrics.md lacks {key}"
+    assert f"version {evaluate_dpo.SCHEMA_VERSION}" in text and metrics["schema_version"] == evaluate_dpo.SCHEMA_VERSION
+    assert set(evaluate_dpo.MEASURES) <= set(metrics["arms"]["dpo"]), "the committed results are of an older version"

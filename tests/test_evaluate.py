@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from statsmodels.stats import contingency_tables, multitest
 
 import config
 import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, UserError
+from benchmarks import simulation
 from conftest import REAL_PAIRS, make_pairs
 from data.pairs import ORDERS, load_pairs, preference_row, split_pairs
 
@@ -295,17 +297,44 @@ def test_seeds_widen_the_interval_by_their_spread(tmp_path):
 
 
 def test_intervals_cover_the_truth_and_chance_is_not_called_support():
-    """4,000 simulated studies of 300 users whose two arms are equally good."""
-    random = np.random.default_rng(11)
-    skill = random.beta(4, 3, (300, 4000))
-    sft, dpo = ((random.random((2, 300, 4000)) < skill).mean(axis=0) for _ in range(2))
-    differences = 100 * (dpo - sft)
-    samples = evaluate_dpo.bootstrap_means(differences, 2000, seed=0)
-    intervals = [evaluate_dpo.percentile_interval(column) for column in samples.T]
-    covered = np.mean([low <= 0 <= high for low, high in intervals])
-    verdicts = [evaluate_dpo.verdict(value, *interval) for value, interval in zip(differences.mean(axis=0), intervals, strict=True)]
-    assert 0.94 <= covered <= 0.96
-    assert np.mean([found == "SUPPORTED" for found in verdicts]) <= 0.03, "2.5% and the noise of 4,000 studies"
+    """4,000 simulated studies of 300 users; tests/benchmarks/simulation.py has more users, differences and seeds."""
+    none = simulation.simulate(users=300, difference=0, seeds=1, studies=4000, resamples=2000)
+    assert 0.94 <= none["coverage"] <= 0.97 and none["SUPPORTED"] <= 0.025
+    three = simulation.simulate(users=300, difference=0, seeds=3, studies=1000, resamples=1000, spread=8)
+    assert 0.93 <= three["coverage"], "plain resampling of three seeds covers 80%"
+    seen = simulation.simulate(users=300, difference=10, seeds=1, studies=1000, resamples=1000)
+    assert seen["SUPPORTED"] > 0.8 and 0.93 <= seen["coverage"] <= 0.97
+
+
+@pytest.mark.parametrize("users", [300, 1208, 6040])
+@pytest.mark.parametrize("points", [1, 3, 5])
+def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users, points):
+    """DPO is right where SFT is, and on `points` percent of the users more: the bootstrap counts draws of those."""
+    gained = round(points * users / 100)
+    right = np.arange(users) < 0.6 * users
+    better = right | (np.arange(users) >= users - gained)
+    arms = {name: np.repeat(np.where(who, 1.0, -1.0)[:, None], 2, axis=1) for name, who in (("sft", right), ("dpo", better))}
+    metrics = evaluate_dpo.compute_metrics(predictions_of(**arms), 2000, 0)
+    found = metrics["comparisons"]["dpo - sft"]
+    share = gained / users
+    low, high = (100 / users * (stats.binom.ppf(level, users, share) + step) for level, step in ((0.025, -1), (0.975, 1)))
+    assert found["value"] == pytest.approx(100 * share)
+    assert (found["low"], found["high"]) == (pytest.approx(low, abs=110 / users), pytest.approx(high, abs=110 / users))
+    assert found["p"] == pytest.approx(2 * 0.5**gained)
+    wanted = {(300, 1): "INCONCLUSIVE", (1208, 1): "PARTIAL: small gain", (6040, 1): "PARTIAL: small gain"}
+    assert metrics["verdict"] == wanted.get((users, points), "SUPPORTED")
+    assert f"{found['value']:+.1f} percentage points" in metrics["sentence"]
+
+
+def test_mcnemar_and_holm_agree_with_statsmodels():
+    random = np.random.default_rng(2)
+    p_values = []
+    for _ in range(20):
+        one, other = (random.random((2, 60)) < random.random((2, 1))).astype(float)
+        table = [[np.sum((one == a) & (other == b)) for b in (1, 0)] for a in (1, 0)]
+        p_values.append(evaluate_dpo.mcnemar(one, other))
+        assert p_values[-1] == pytest.approx(contingency_tables.mcnemar(table, exact=True).pvalue)
+    assert evaluate_dpo.holm(p_values) == pytest.approx(list(multitest.multipletests(p_values, method="holm")[1]))
 
 
 def test_verdict_rules():
