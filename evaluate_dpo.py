@@ -27,6 +27,7 @@ import pandas as pd
 import config
 from config import EvaluationSettings, UserError
 from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row, recommended
+from data.trees import Tree, ancestor_mask, pad_trees, token_tree
 
 SCHEMA_VERSION = 1  # of metrics.json, which docs/metrics.md describes
 MEASURES = {  # name: (label, unit)
@@ -285,56 +286,34 @@ def load_adapter(model: Any, name: str, folder: Path) -> Any:
     return model.eval()
 
 
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """The four texts of a pair (two orders, two responses) as one tree of tokens, so that each beginning that
-    texts share is computed once.
-
-    tokens, parents: (n,) of each node; the root's parent is -1 and a parent stands before its children.
-    paths: for [order][chosen, rejected], the nodes of the response's tokens from the option's letter, where the
-        two part, to the end of text.
-    """
-
-    tokens: np.ndarray
-    parents: np.ndarray
-    paths: list[list[np.ndarray]]
-
-
 def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
-    """Tokenize a pair in both orders, as training does, into one tree; decision_only leaves out what follows the letter.
+    """Tokenize a pair's four texts (two orders, two responses), as training does, into one tree.
+
+    Its paths are, for [order][chosen, rejected], the nodes of the response's tokens from the option's letter, where
+    the two part, to the end of text; decision_only leaves out what follows the letter.
 
     Raises:
         UserError: the tokenizer does not make the option's letter the first token that the responses differ in.
     """
-    tokens: list[int] = []
-    parents: list[int] = []
-    children: dict[tuple[int, int], int] = {}
-    paths = []
+    texts: list[list[int]] = []
+    starts: list[int] = []
     for order in ORDERS:
         row = preference_row(pair, order)
-        texts = [
+        both = [
             [*tokenizer(row["prompt"] + row[response])["input_ids"], tokenizer.eos_token_id] for response in ("chosen", "rejected")
         ]
-        parting = next(i for i, (chosen, rejected) in enumerate(zip(*texts, strict=False)) if chosen != rejected)
-        letters = [tokenizer.decode([text[parting]]).strip() for text in texts]
+        parting = next(i for i, (chosen, rejected) in enumerate(zip(*both, strict=False)) if chosen != rejected)
+        letters = [tokenizer.decode([text[parting]]).strip() for text in both]
         if parting != len(tokenizer(row["prompt"] + STEM)["input_ids"]) or letters != [order, ORDERS[1 - ORDERS.index(order)]]:
             raise UserError(
                 f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own",
                 "Use a base model whose tokenizer has ' A' and ' B' as tokens.",
             )
-        both = []
-        for text in texts:
-            node, path = -1, []
-            for token in text[: parting + 1] if decision_only else text:
-                if (node, token) not in children:
-                    children[node, token] = len(tokens)
-                    tokens.append(token)
-                    parents.append(node)
-                node = children[node, token]
-                path.append(node)
-            both.append(np.array(path[parting:]))
-        paths.append(both)
-    return Tree(np.array(tokens), np.array(parents), paths)
+        texts += [text[: parting + 1] if decision_only else text for text in both]
+        starts += [parting, parting]
+    tree = token_tree(texts)
+    paths = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
+    return dataclasses.replace(tree, paths=[paths[:2], paths[2:]])
 
 
 def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str) -> tuple[np.ndarray, np.ndarray]:
@@ -368,28 +347,15 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
     """For each tree, log p of every response token given the path that leads to it, (n,); 0 elsewhere.
 
-    Each node attends to its ancestors alone, at the position of its depth, so that what comes out is what the
-    four texts would give one by one. Logits are made only where a response token is predicted.
+    Logits are made only where a response token is predicted.
     """
     import torch
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     device = base.get_input_embeddings().weight.device
-    length = max(len(tree.tokens) for tree in trees)
-    tokens = np.zeros((len(trees), length), dtype=np.int64)
-    positions = np.zeros_like(tokens)
-    attends = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1))
-    for index, tree in enumerate(trees):
-        tokens[index, : len(tree.tokens)] = tree.tokens
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                attends[index, node, : node] = attends[index, parent, : node]
-                positions[index, node] = positions[index, parent] + 1
+    batch = {name: torch.from_numpy(values).to(device) for name, values in pad_trees(trees).items()}
     hidden = base.base_model(
-        input_ids=torch.from_numpy(tokens).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        attention_mask=torch.from_numpy(attends[:, None]).to(device),
-        use_cache=False,
+        input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=ancestor_mask(batch["ends"]), use_cache=False
     ).last_hidden_state
     head = base.get_output_embeddings()
     for index, tree in enumerate(trees):

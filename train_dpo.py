@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ import numpy as np
 import config
 from config import TrainingSettings, UserError
 from data.pairs import STEM, Pair, ids_digest, preference_rows
+from data.trees import ancestor_mask, pad_trees, token_tree
 
 GIGABYTE = 1e9
 
@@ -159,7 +161,8 @@ def train_within_memory(
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
     share = settings.effective_batch // config.process_count()
-    batch_size = settings.batch_size or config.fitting_batch_size(settings, share)
+    shared_prompt = stage == "dpo" and shares_prompt(settings)
+    batch_size = settings.batch_size or config.fitting_batch_size(settings, share, shared_prompt)
     while True:
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
         try:
@@ -219,11 +222,13 @@ def build_trainer(
     initial adapter, a frozen copy of it (which TRL makes of any PeftModel). At the first step policy and
     reference are equal and the loss is ln 2.
     """
+    import torch
     from datasets import Dataset
     from peft import PeftModel
     from transformers import ProgressCallback
     from trl import DPOTrainer, SFTTrainer
 
+    shared = stage == "dpo" and shares_prompt(settings)
     model, tokenizer = config.load_model(settings, config.training_dtype())
     tokenizer.chat_template = None  # the text is no chat; Unsloth drops the first token where a template holds it
     adapter: dict[str, Any] = {}
@@ -237,8 +242,10 @@ def build_trainer(
         rows, validation_rows = (
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, validation_rows)
         )
-    health = training_health(stage)
-    trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage](
+    rounding = settings.beta if shared and config.training_dtype() != torch.float32 else 1e-3  # a nat, remembered in bfloat16
+    health = training_health(stage, rounding)
+    kind = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage]
+    trainer = (shared_prompt_trainer(config.backend_of(settings)) if shared else kind)(
         model=model,
         args=trainer_arguments(stage, settings, batch_size),
         train_dataset=Dataset.from_list(rows),
@@ -253,7 +260,160 @@ def build_trainer(
     trainer.add_callback(progress_bar(stage))
     if not config.under_fsdp():  # which shards what has one dtype
         keep_adapter_in_float32(trainer.model)
+    if shared:
+        remember_reference(trainer, settings, initial_adapter)
     return trainer
+
+
+def shares_prompt(settings: TrainingSettings) -> bool:
+    return settings.trainer == "shared" and not config.under_fsdp()  # whose sharded model serves only whole forward passes
+
+
+def shared_prompt_trainer(backend: str) -> type:
+    """TRL's DPO trainer with the prompt of a pair computed once, not once for each response.
+
+    Prompt, chosen and rejected response are one tree of tokens (data/trees.py), and logits are made only where a
+    response token is predicted. Data, reference, losses and metrics stay TRL's: it has a route for kernels that give
+    log-probabilities without logits, and only what gives them is ours.
+    """
+    import torch
+    from trl import DPOTrainer
+    from trl.trainer.utils import _ChunkedLogProbFunction
+
+    class SharedPromptTrainer(DPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
+            stock = self.data_collator
+            self.data_collator = lambda examples: stock(examples) | tree_batch(examples)
+
+        def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
+            """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
+            model = self.accelerator.unwrap_model(model)
+            causal = model.base_model.model if hasattr(model, "peft_config") else model
+            with self.accelerator.autocast():
+                hidden = (flat_hidden_states if backend == "unsloth" else tree_hidden_states)(causal.base_model, model_kwargs)
+                mask = completion_mask[:, 1:].bool()
+                pair = torch.arange(len(input_ids), device=hidden.device) % len(hidden)
+                before = hidden[pair[:, None].expand_as(mask)[mask], model_kwargs["tree_nodes"][:, :-1][mask]]
+                head = causal.get_output_embeddings()
+                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, input_ids[:, 1:][mask], 1.0, HEAD_CHUNK)
+            log_probs, entropies = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
+            return log_probs, entropies, None
+
+    return SharedPromptTrainer
+
+
+HEAD_CHUNK = 16_384  # words of the vocabulary whose logits are made at once
+NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
+
+
+def tree_batch(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each pair as a tree of tokens: `tree_tokens`, `tree_positions` and `tree_ends` (pairs, nodes); `tree_nodes`
+    (2 pairs, tokens), the node of each token of the rows that TRL collates; `tree_parts` (pairs, 3), the nodes of
+    what both texts share and of each branch.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    texts = [[example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")] for example in examples]
+    trees = [token_tree(both) for both in texts]
+    batch = {f"tree_{name}": torch.from_numpy(values) for name, values in pad_trees(trees, NODES_MULTIPLE).items()}
+    paths = [torch.from_numpy(tree.paths[response]) for response in (0, 1) for tree in trees]
+    parts = []
+    for tree in trees:
+        shared = int(np.argmin(tree.ends == len(tree.tokens)))  # the first node that not all others descend from
+        parts.append([shared, int(tree.ends[shared]) - shared, len(tree.tokens) - int(tree.ends[shared])])
+    return batch | {"tree_nodes": pad_sequence(paths, batch_first=True), "tree_parts": torch.tensor(parts)}
+
+
+def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
+    """The model's last hidden states at every node, (pairs, nodes, width), by a mask of ancestors."""
+    return model(
+        input_ids=batch["tree_tokens"],
+        position_ids=batch["tree_positions"],
+        attention_mask=ancestor_mask(batch["tree_ends"]),
+        use_cache=False,
+    ).last_hidden_state
+
+
+def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
+    """The same through Unsloth, which runs all pairs as one row without padding by its kernel for shared prefixes."""
+    import torch
+    from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
+
+    tokens, parts = batch["tree_tokens"], batch["tree_parts"]
+    real = torch.arange(tokens.shape[1], device=tokens.device) < parts.sum(dim=1)[:, None]
+    segments, _ = build_seg_info_multigroup([(shared, branches) for shared, *branches in parts.tolist()], torch.device("cpu"))
+    flat = model(
+        input_ids=tokens[real][None],
+        position_ids=batch["tree_positions"][real][None],
+        prefix_seg_info=segments,
+        use_cache=False,
+    ).last_hidden_state[0]
+    return flat.new_zeros(*real.shape, flat.shape[-1]).masked_scatter(real[..., None], flat)
+
+
+def remember_reference(trainer: Any, settings: TrainingSettings, initial_adapter: Path | None) -> None:
+    """Give the trainer's rows the reference's log-probabilities, computed once and kept in a file of the outputs.
+
+    The file belongs to one reference (base model, its precision, initial adapter, backend) and holds a line a row, so
+    that other epochs, beta, learning rates and seeds find theirs there.
+    """
+    path = config.reference_file(settings, initial_adapter)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = getattr(trainer, name)
+        if dataset is None:
+            continue
+        texts = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        keys = [hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:24] for row in texts]
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        found = reference_log_probs(trainer, [texts[index] for index in missing])
+        known |= {keys[index]: values for index, values in zip(missing, found, strict=True)}
+        for column, response in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
+            dataset = dataset.add_column(column, [known[key][response] for key in keys])
+        setattr(trainer, name, dataset)
+    check_reference(trainer)
+    trainer.precompute_ref_logps = True
+    if config.is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.write_json(path, known)
+
+
+def check_reference(trainer: Any) -> None:
+    """Raise RuntimeError unless the policy that training starts from gives the remembered log-probabilities."""
+    import torch
+
+    rows = [trainer.train_dataset[index] for index in range(min(4, len(trainer.train_dataset)))]
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    with torch.no_grad():
+        log_probs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, inputs, inputs["input_ids"], inputs["completion_mask"])
+    remembered = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    difference = (log_probs.sum(dim=1) - remembered).abs().mean().item()
+    if difference > (1e-2 if config.training_dtype() == torch.float32 else 2.0):  # nats of a hundred; rounding in bfloat16
+        raise RuntimeError(f"the policy differs from the remembered reference by {difference:.3f} nats a response")
+
+
+def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """log p of [chosen, rejected] under the reference for each example; the processes share them out."""
+    import torch
+    from tqdm import tqdm
+
+    by_length = sorted(range(len(examples)), key=lambda index: -sum(map(len, examples[index].values())))
+    size = 2 * trainer.args.per_device_train_batch_size  # nothing is kept for a backward pass
+    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    found: dict[int, list[float]] = {}
+    mine = batches[config.process_index() :: config.process_count()]
+    for batch in tqdm(mine, desc="reference", unit="batch", leave=False, disable=not config.is_main_process()):
+        inputs = trainer._prepare_inputs(trainer.data_collator([examples[index] for index in batch]))
+        log_probs = torch.stack(trainer.compute_ref_log_probs(trainer.model, inputs), dim=1)
+        found |= dict(zip(batch, log_probs.tolist(), strict=True))
+    if config.process_count() > 1:
+        from accelerate.utils import gather_object
+
+        found = {index: values for part in gather_object([found]) for index, values in part.items()}
+    return [found[index] for index in range(len(examples))]
 
 
 def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -> Any:
@@ -324,8 +484,11 @@ def keep_adapter_in_float32(model: Any) -> None:
             weight.data = source.detach().float().clone()
 
 
-def training_health(stage: str) -> Any:
-    """A callback that stops a run whose first step shows that it cannot learn, or learns against a wrong reference."""
+def training_health(stage: str, tolerance: float = 1e-3) -> Any:
+    """A callback that stops a run whose first step shows that it cannot learn, or learns against a wrong reference.
+
+    tolerance: how far from 0 the first reward margin may be.
+    """
     from transformers import TrainerCallback
 
     class TrainingHealth(TrainerCallback):
@@ -342,7 +505,7 @@ def training_health(stage: str) -> Any:
                 raise UserError(f"{stage}: the first loss is {logs['loss']}", "Lower the learning rate, or compute in float32.")
             if logs["grad_norm"] == 0:
                 raise UserError(f"{stage}: every gradient is zero", "Check that the adapter is trainable.")
-            if abs(logs.get("rewards/margins", 0)) > 1e-3:
+            if abs(logs.get("rewards/margins", 0)) > tolerance:
                 raise UserError(
                     f"{stage}: the first reward margin is {logs['rewards/margins']} and not 0: the reference is not the "
                     "policy that training starts from",

@@ -20,14 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
-CASES = [  # backend, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
-    ("unsloth", 8, "offloaded"),
-    ("unsloth", 8, True),
-    ("unsloth", 4, True),
-    ("unsloth", 1, True),
-    ("hf", 8, True),
-    ("hf", 2, False),
-    ("hf", 4, False),
+CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
+    ("unsloth", "shared", 8, True),
+    ("unsloth", "stock", 8, True),
+    ("unsloth", "stock", 8, "offloaded"),
+    ("hf", "shared", 8, True),
+    ("hf", "stock", 8, True),
+    ("unsloth", "stock", 1, True),
+    ("hf", "stock", 2, False),
 ]
 
 
@@ -66,25 +66,36 @@ def build_shape(folder: Path, tokenizer_from: str) -> None:
         AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(made)
 
 
-def matrix_rate(seconds: float = 2.0) -> float:
-    """FLOP a second of bf16 matrix products on this card."""
+def synchronize() -> None:
     import torch
 
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matrix_rate(seconds: float = 2.0) -> float:
+    """FLOP a second of bf16 matrix products on this device."""
+    import torch
+
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     for _ in range(3):
         a @ a
-    torch.cuda.synchronize()
+    synchronize()
     began, products = time.monotonic(), 0
     while time.monotonic() - began < seconds:
-        for _ in range(20):
+        for _ in range(20 if device == "cuda" else 1):
             a @ a
-        torch.cuda.synchronize()
-        products += 20
-    return products * 2 * 8192**3 / (time.monotonic() - began)
+            products += 1
+        synchronize()
+    return products * 2 * size**3 / (time.monotonic() - began)
 
 
 def run_case(case: dict) -> dict:
-    """Train one case for a few steps and measure it."""
+    """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
+    `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
+    `timed` steps.
+    """
     import config
 
     config.import_unsloth_first(case["backend"])
@@ -96,55 +107,77 @@ def run_case(case: dict) -> dict:
 
     config.quiet_libraries()
     rate = matrix_rate()
-    if case["memory_gb"]:
+    warm_up, timed = case.get("warm_up", WARM_UP), case.get("timed", TIMED)
+    if case["memory_gb"] and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory_gb"] * 1e9 / total)
     config.UNSLOTH_CHECKPOINTING = "unsloth" if case["checkpointing"] == "offloaded" else True
     settings = config.preset_settings(
         config.TrainingSettings,
-        "thesis",
+        case["preset"],
         base_model=case["model"],
+        trainer=case["trainer"],
+        max_pairs=None,
         pairs=case["pairs"],
         backend=case["backend"],
         outputs=case["work"],
         effective_batch=case["effective_batch"],
         gradient_checkpointing=bool(case["checkpointing"]),
         validation_pairs=0,
-        max_steps=WARM_UP + TIMED,
+        max_steps=warm_up + timed,
         logging_steps=1,
         save_steps=10_000,
     )
     train, _ = config.load_split(settings)
-    rows = preference_rows(train, "balanced", settings.seed)[: (WARM_UP + TIMED) * case["effective_batch"]]
+    rows = preference_rows(train, "balanced", settings.seed)[: (warm_up + timed) * case["effective_batch"]]
     clock = {}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
+            synchronize()
             clock[state.global_step] = time.monotonic()
 
+    reference_seconds = [0.0]
+    real = train_dpo.reference_log_probs
+
+    def timed_reference(trainer, examples):
+        real(trainer, examples[: 2 * case["micro_batch"]])  # kernels are compiled at their first use
+        synchronize()
+        began = time.monotonic()
+        found = real(trainer, examples)
+        synchronize()
+        reference_seconds[0] += time.monotonic() - began
+        return found
+
+    train_dpo.reference_log_probs = timed_reference
+    for known in Path(case["work"]).glob("*_reference/*.json"):
+        known.unlink()  # so that the pass is measured
     trainer = train_dpo.build_trainer("dpo", settings, rows, [], None, case["micro_batch"])
     trainer.add_callback(Clock())
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    pairs_per_second = TIMED * case["effective_batch"] / (clock[WARM_UP + TIMED] - clock[WARM_UP])
+    pairs_per_second = timed * case["effective_batch"] / (clock[warm_up + timed] - clock[warm_up])
     weights = config.parameter_count(case["model"])
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
     flop = 6 * in_matrices * tokens / len(rows)
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": config.environment_facts()["device"],
         "shape": case["shape"],
         "bits": settings.bits,
-        "backend": case["backend"],
+        "backend": config.backend_of(settings),
+        "trainer": case["trainer"],
         "micro_batch": case["micro_batch"],
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
         "pairs_per_second": round(pairs_per_second, 2),
         "tokens_per_second": round(pairs_per_second * tokens / len(rows)),
         "share_of_matrix_rate": round(pairs_per_second * flop / rate, 4),
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_memory_gb": round(train_dpo.peak_memory(), 2),
+        "reference_seconds_per_pair": round(reference_seconds[0] / len(rows), 5),
+        "share_of_floor": round(pairs_per_second * 4 * 248 * weights / rate, 4),
         "memory_cap_gb": case["memory_gb"],
         "tokens_per_pair": round(tokens / len(rows), 1),
         "matrix_tflops": round(rate / 1e12, 1),
@@ -160,7 +193,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=None, help="folder of any tokenizer; default: the small model's")
     parser.add_argument("--memory_gb", type=float, default=24.0, help="cap on the GPU's memory")
     parser.add_argument("--effective_batch", type=int, default=8)
-    parser.add_argument("--cases", help='JSON list of [backend, micro-batch, checkpointing]')
+    parser.add_argument("--cases", help="JSON list of [backend, trainer, micro-batch, checkpointing]")
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -178,28 +211,33 @@ def main() -> None:
 
         build_shape(model, options.tokenizer or str(config.small_model_folder()))
     records = []
-    for backend, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
+    for backend, trainer, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
         case = {
-            **{"backend": backend, "micro_batch": micro_batch, "checkpointing": checkpointing, "model": str(model)},
+            **{"backend": backend, "trainer": trainer, "micro_batch": micro_batch, "checkpointing": checkpointing},
+            **{"preset": "thesis", "model": str(model)},
             **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": options.effective_batch},
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
         }
-        Path(case["out"]).unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, __file__, "--pairs", "-", "--one", json.dumps(case)], capture_output=True, text=True)
-        if Path(case["out"]).exists():
-            records.append(json.loads(Path(case["out"]).read_text()))
-        else:
-            reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
-            records.append({key: case[key] for key in ("shape", "backend", "micro_batch", "effective_batch", "checkpointing")})
-            records[-1] |= {"memory_cap_gb": options.memory_gb, "failed": reason[:200]}
+        records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "gpu.json").write_text(json.dumps(records, indent=1) + "\n")
         (options.results / "gpu.md").write_text(as_table(records))
 
 
+def in_own_process(case: dict) -> dict:
+    """The record of one case, or what it was and why it failed."""
+    Path(case["out"]).unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, __file__, "--pairs", "-", "--one", json.dumps(case)], capture_output=True, text=True)
+    if Path(case["out"]).exists():
+        return json.loads(Path(case["out"]).read_text())
+    reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
+    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing")
+    return {key: case[key] for key in kept} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
+
+
 def as_table(records: list[dict]) -> str:
-    columns = ["backend", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
+    columns = ["backend", "trainer", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]

@@ -1,0 +1,128 @@
+"""DPO's trainers side by side: TRL's, Unsloth's, and the one that computes a pair's prompt once.
+
+    python tests/benchmarks/training.py --pairs data/pairs_ml-100k.jsonl                      # small preset's model
+    python tests/benchmarks/training.py --pairs FILE --preset thesis --model FOLDER --shape NAME --memory_gb 24
+
+Every case runs in a process of its own, the cases in turn and the turns repeated, so that a machine whose speed
+drifts treats all alike; the median of a case's turns is kept. Writes docs/results/speed.json (records of this device
+and shape take the place of earlier ones), a table and a figure. `ratio_to_stock` leaves out the reference pass, which
+later epochs and runs find done; `ratio_to_stock_with_reference_pass` counts it for a single epoch. The floor is
+4 x 248 x parameters FLOP a pair at the device's measured rate of bf16 matrix products.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gpu  # noqa: E402
+
+sys.path.insert(0, str(gpu.ROOT))
+
+import config  # noqa: E402
+
+CPU_CASES = [("stock", 1), ("stock", 2), ("stock", 8), ("shared", 2), ("shared", 4), ("shared", 8)]
+CUDA_CASES = [("stock", 8), ("unsloth", 8), ("shared", 8), ("shared", 16), ("shared", 32)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--model", default=config.SMALL_MODEL)
+    parser.add_argument("--shape", default="SmolLM2-135M")
+    parser.add_argument("--memory_gb", type=float, default=None, help="cap on a GPU's memory")
+    parser.add_argument("--effective_batch", type=int, default=8)
+    parser.add_argument("--cases", help="JSON list of [trainer, micro-batch]; trainers: stock, unsloth, shared")
+    parser.add_argument("--no_checkpointing", action="store_true")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--warm_up", type=int, default=1)
+    parser.add_argument("--timed", type=int, default=3)
+    parser.add_argument("--work", default="/tmp/training-benchmark")
+    parser.add_argument("--results", type=Path, default=gpu.ROOT / "docs" / "results")
+    options = parser.parse_args()
+    cuda = config.cuda_present()
+    cases = json.loads(options.cases) if options.cases else CUDA_CASES if cuda else CPU_CASES
+    Path(options.work).mkdir(parents=True, exist_ok=True)
+    found: dict[tuple, list[dict]] = {}
+    for turn in range(options.turns):
+        for trainer, micro_batch in cases:
+            case = {
+                **{"backend": "unsloth" if trainer != "stock" and cuda else "hf", "trainer": "stock" if trainer == "unsloth" else trainer},
+                **{"micro_batch": micro_batch, "effective_batch": max(options.effective_batch, micro_batch)},
+                **{"checkpointing": cuda and not options.no_checkpointing, "preset": options.preset, "model": options.model},
+                **{"shape": options.shape, "pairs": options.pairs, "work": options.work, "memory_gb": options.memory_gb},
+                **{"warm_up": options.warm_up, "timed": options.timed, "out": f"{options.work}/record.json"},
+            }
+            record = gpu.in_own_process(case)
+            print(json.dumps({"turn": turn, "name": trainer} | record), flush=True)
+            found.setdefault((trainer, micro_batch), []).append(record)
+    write(found, options.results)
+
+
+def write(found: dict[tuple, list[dict]], results: Path) -> None:
+    """speed.json, speed.md and speed.png from the turns of every case."""
+    done = {case: [turn for turn in turns if "failed" not in turn] for case, turns in found.items()}
+    speed = {case: statistics.median(turn["pairs_per_second"] for turn in turns) for case, turns in done.items() if turns}
+    stock = max(value for (trainer, _), value in speed.items() if trainer == "stock")  # at its best micro-batch
+    records = []
+    for (trainer, micro_batch), turns in found.items():
+        record = {"trainer": trainer, "micro_batch": micro_batch, "failed": turns[0].get("failed")}
+        if (trainer, micro_batch) in speed:
+            rate = speed[trainer, micro_batch]
+            reference = statistics.median(turn["reference_seconds_per_pair"] for turn in turns)
+            names = ("device", "shape", "bits", "backend", "effective_batch", "checkpointing", "peak_memory_gb", "share_of_floor")
+            record = {"trainer": trainer, "micro_batch": micro_batch} | {name: turns[0][name] for name in names}
+            record |= {
+                "pairs_per_second": round(rate, 3),
+                "ratio_to_stock": round(rate / stock, 2),
+                "ratio_to_stock_with_reference_pass": round(1 / (1 / rate + reference) / stock, 2),
+                "reference_seconds_per_pair": reference,
+                "turns": [turn["pairs_per_second"] for turn in turns],
+            }
+        records.append(record)
+    path = results / "speed.json"
+    here = {(record.get("device"), record.get("shape")) for record in records}
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    records = [record for record in earlier if (record.get("device"), record.get("shape")) not in here] + records
+    path.write_text(json.dumps(records, indent=1) + "\n")
+    columns = ["device", "shape", "trainer", "micro_batch", "pairs_per_second", "ratio_to_stock", "ratio_to_stock_with_reference_pass"]
+    columns += ["peak_memory_gb", "share_of_floor"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(record.get(name, "-")) for name in columns) + " |" for record in records]
+    (results / "speed.md").write_text("\n".join(lines) + "\n")
+    draw(records, results / "speed.png")
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Pairs a second against the micro-batch, one panel a device and shape, one line a trainer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((record["device"], record["shape"]) for record in records if "device" in record))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.8), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for number, trainer in enumerate(("stock", "unsloth", "shared")):
+            points = sorted(
+                (record["micro_batch"], record["pairs_per_second"])
+                for record in records
+                if (record.get("device"), record.get("shape"), record["trainer"]) == (*panel, trainer)
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="os^"[number], linestyle=["-", "--", ":"][number], label=trainer)
+        axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}\n{panel[0]}", xscale="log")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.title.set_fontsize(8)
+    axes[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The trainer that computes a pair's prompt once does what TRL's does, at the same gradients."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+import config
+import train_dpo
+from conftest import make_pairs
+from data.pairs import preference_rows
+from data.trees import ancestor_mask, pad_trees, token_tree
+
+
+def trainer_of(flags, kind, init, tmp_path, loss_type="sigmoid", bits="16"):
+    extra = ["--trainer", kind, "--bits", bits, "--outputs", str(tmp_path / "outputs"), "--loss_type", loss_type]
+    settings = config.parse_settings(config.TrainingSettings, [*flags, *extra])
+    rows = preference_rows(make_pairs(12), "balanced", 0)
+    adapter = None
+    if init == "sft":
+        adapter = config.adapter_folder(settings, "sft")
+        if not adapter.is_dir():
+            train_dpo.main([*flags, *extra, "--stage", "sft"])
+    torch.manual_seed(1)
+    trainer = train_dpo.build_trainer("dpo", settings, rows, rows[:2], adapter, 4)
+    for name, weight in trainer.model.named_parameters():  # a policy that has left its reference
+        if weight.requires_grad:
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    trainer.model.train()
+    return trainer
+
+
+def loss_and_gradients(trainer, examples):
+    inputs = trainer.data_collator(examples)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    found = {name: values[-1] for name, values in trainer._metrics["train"].items() if name.startswith(("logps", "rewards"))}
+    return loss.item(), found, {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("init", ["base", "sft"])
+def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, init, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    stock, shared = (trainer_of(training_flags, kind, init, tmp_path) for kind in ("stock", "shared"))
+    rows = [list(stock.train_dataset), list(shared.train_dataset)]
+    lengths = [len(row["prompt_ids"]) for row in rows[0]]
+    assert len(set(lengths)) > 1, "the batch is padded"
+    for loss_type in get_args(config.LossType):
+        for trainer in (stock, shared):
+            trainer.loss_types = [loss_type]
+        for part in (slice(0, 4), slice(4, 5)):
+            (one, logs, wanted), (other, found_logs, found) = (loss_and_gradients(t, r[part]) for t, r in zip((stock, shared), rows, strict=True))
+            assert other == pytest.approx(one, rel=1e-4), loss_type
+            assert found_logs == pytest.approx(logs, abs=1e-4)
+            assert wanted.keys() == found.keys()
+            for name, gradient in wanted.items():
+                assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max()), (loss_type, name)
+
+
+def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    losses = []
+    for kind in ("stock", "shared"):
+        flags = [*training_flags, "--outputs", str(tmp_path / kind), "--trainer", kind, "--init", "base", "--stage", "dpo"]
+        train_dpo.main([*flags, "--max_steps", "8", "--learning_rate", "0.01", "--bits", "16"])
+        [folder] = (tmp_path / kind).glob("*_dpo_*_final")
+        losses.append([entry["loss"] for entry in json.loads((folder / "run.json").read_text())["log_history"] if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][0] != losses[0][-1]
+
+
+def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_flags, tmp_path, monkeypatch):
+    asked = []
+    real = train_dpo.reference_log_probs
+    monkeypatch.setattr(train_dpo, "reference_log_probs", lambda trainer, examples: asked.append(len(examples)) or real(trainer, examples))
+    flags = [*training_flags, "--option_order", "both"]
+    train_dpo.main([*flags, "--init", "base"])
+    train_dpo.main([*flags, "--init", "base", "--stage", "dpo", "--beta", "0.5", "--learning_rate", "0.1", "--seed", "2"])
+    assert asked[0] > 0 and asked[1] > 0 and asked[2:] == [0, 0], "other beta, rate and seed find them there"
+    train_dpo.main([*flags, "--init", "sft", "--stage", "dpo"])
+    assert asked[4:] == asked[:2], "another reference"
+
+
+def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
+    texts = [[1, 2, 3, 9, 4], [1, 2, 5, 6], [1, 2, 3, 7], [1, 2, 3, 7, 8]]
+    tree = token_tree(texts)
+    assert len(tree.tokens) == 9
+    assert [tree.tokens[path].tolist() for path in tree.paths] == texts
+    assert all((tree.positions[path] == range(len(path))).all() and (tree.parents[path[1:]] == path[:-1]).all() for path in tree.paths)
+    batch = pad_trees([tree, token_tree([[1, 2]])])
+    mask = ancestor_mask(torch.from_numpy(batch["ends"]))[:, 0].numpy()
+    wanted = {node: {*path[: depth + 1].tolist()} for path in tree.paths for depth, node in enumerate(path.tolist())}
+    assert all({*mask[0, node].nonzero()[0].tolist()} == seen for node, seen in wanted.items())
+    assert mask[1, 5].nonzero()[0].tolist() == [5], "padding sees itself"
+
+
+def test_the_parts_of_a_pair_are_its_shared_beginning_and_two_branches():
+    example = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 9, 9, 9], "rejected_ids": [4, 8, 2]}
+    batch = train_dpo.tree_batch([example])
+    assert batch["tree_parts"].tolist() == [[4, 2, 3]], "branches by their tokens' order"
+    tokens = batch["tree_tokens"][0]
+    assert tokens[batch["tree_nodes"][0]].tolist() == [1, 2, 3, 4, 9, 9, 9]
+    assert tokens[batch["tree_nodes"][1][:6]].tolist() == [1, 2, 3, 4, 8, 2]
