@@ -822,6 +822,12 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
     if against and against["value"] < 0:
         popularity, dpo = (arms[arm]["ranking_accuracy"]["value"] for arm in ("popularity", "dpo"))
         found.append(f"dpo ({dpo:.1f}%) loses to taking the more popular film ({popularity:.1f}%)")
+    difference = metrics["comparisons"]["dpo - sft"]
+    if difference["low"] * difference["high"] > 0 and difference["p_holm"] >= 0.05:
+        found.append(
+            f"with both orders taken together dpo and sft do not differ (p = {difference['p_holm']:.2g}): what differs is how much "
+            "they lean to one letter, not which film they prefer"
+        )
     if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
         found.append("one training run an arm: what another seed would give is not in the interval")
     return found

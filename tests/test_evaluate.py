@@ -198,6 +198,19 @@ def test_an_arm_that_answers_one_letter_is_told_so():
     assert any("dpo answers B" in caveat for caveat in found["caveats"])
 
 
+def test_a_gain_that_is_only_less_position_bias_is_told_so():
+    """Both arms prefer the same films; one of them leans so much to B that its letter says so half the time."""
+    random = np.random.default_rng(0)
+    preference = random.normal(0.5, 1, 400)
+    leaning, fair = (np.column_stack([preference - lean, preference + lean]) for lean in (1.5, 0.0))
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=leaning, dpo=fair), 500, 0)
+    assert metrics["verdict"] == "SUPPORTED"
+    assert any("not which film they prefer" in caveat for caveat in metrics["caveats"])
+    better = np.column_stack([preference + 1, preference + 1])
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=fair, dpo=better), 500, 0)
+    assert metrics["verdict"] == "SUPPORTED" and not any("not which film" in caveat for caveat in metrics["caveats"])
+
+
 def test_calibration_is_that_of_the_probability_of_option_a():
     random = np.random.default_rng(3)
     decision = random.normal(0.3, 1.5, (500, 2))
