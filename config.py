@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -81,8 +82,8 @@ def run_script(main: Callable[[], Any]) -> None:
         leave_processes()
     except UserError as error:
         sys.exit(_fail(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped"))
+    except KeyboardInterrupt as stopped:
+        sys.exit(_fail(str(stopped) or "stopped"))
 
 
 def leave_processes() -> None:
@@ -161,6 +162,7 @@ class TrainingSettings(Settings):
     init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
     sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
     check: bool = _setting(False, "check everything, print what was found, train nothing")
+    restart: bool = _setting(False, "throw away the checkpoints of an unfinished run instead of going on from them")
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
@@ -375,6 +377,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}", "Wait for it to end, or give --outputs another folder.") from None
+        yield
 
 
 def file_sha256(path: str | Path) -> str:
