@@ -458,29 +458,47 @@ def keep_adapter_in_float32(model: Any) -> None:
 
 
 def training_health(stage: str) -> Any:
-    """A callback that stops a run whose first step shows that it cannot learn, or learns against a wrong reference."""
+    """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart.
+
+    Gradients are looked at before each step, so that no checkpoint ever holds what a bad one made.
+    """
+    import torch
     from transformers import TrainerCallback
+
+    lower = f"Lower --{'sft_' if stage == 'sft' else ''}learning_rate or --max_grad_norm"
 
     class TrainingHealth(TrainerCallback):
         def __init__(self) -> None:
             self.step_ends: list[float] = []
 
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
+            norms = torch._foreach_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+            total = float(sum(norm.double() for norm in norms)) if norms else 0.0
+            if not math.isfinite(total):
+                raise UserError(f"{stage}: the gradient of step {state.global_step + 1} is not finite", f"{lower}; the last checkpoint is kept.")
+
         def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
             self.step_ends.append(time.monotonic())
 
         def on_log(self, args, state, control, logs, **kwargs):  # noqa: ANN001
-            if state.global_step != 1 or "loss" not in logs:
+            if "loss" not in logs:
                 return
-            if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
-                raise UserError(f"{stage}: the first loss is {logs['loss']}", "Lower the learning rate, or compute in float32.")
-            if logs["grad_norm"] == 0:
-                raise UserError(f"{stage}: every gradient is zero", "Check that the adapter is trainable.")
-            if abs(logs.get("rewards/margins", 0)) > 1e-3:
-                raise UserError(
-                    f"{stage}: the first reward margin is {logs['rewards/margins']} and not 0: the reference is not the "
-                    "policy that training starts from",
-                    "Check --init and --sft_adapter.",
-                )
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            if not math.isfinite(logs["loss"]):
+                raise UserError(f"{stage}: the loss of step {state.global_step} is {logs['loss']}", f"{lower}; the last checkpoint is kept.")
+            if logs["grad_norm"] == 0 and state.global_step == 1:
+                raise UserError(f"{stage}: every gradient is zero, nothing is learnt", "Give --backend hf, or other --bits or --base_model.")
+            if len(losses) > 5 and statistics.median(losses[-5:]) > 2 * losses[0] + 1:
+                found = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {state.global_step}"
+                raise UserError(found, f"{lower}, or raise --warmup_steps.")
+            if state.global_step == 1 and stage == "dpo":
+                margin, loss = logs.get("rewards/margins", 0), logs["loss"]
+                if abs(margin) > 1e-3 or (args.loss_type == ["sigmoid"] and abs(loss - math.log(2)) > 1e-3):
+                    raise UserError(
+                        f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin {margin:.4f} and not "
+                        "0: the reference is not the policy that training starts from",
+                        "Check --init and --sft_adapter.",
+                    )
 
     return TrainingHealth()
 

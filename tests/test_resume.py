@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import config
 import evaluate_dpo
@@ -37,7 +36,7 @@ def build_trainer(which, *arguments):
             done = trainer._clip_grad_norm
             trainer._clip_grad_norm = lambda *a: die() if trainer.state.global_step == step else done(*a)
         if moment == "checkpoint":
-            save = trainer._save_scheduler if hasattr(trainer, "_save_scheduler") else trainer._save_rng_state
+            save = trainer._save_rng_state
             trainer._save_rng_state = lambda *a: die() if trainer.state.global_step == step else save(*a)
     return trainer
 train_dpo.build_trainer = build_trainer
@@ -205,13 +204,18 @@ def test_restart_throws_an_unfinished_run_away(unfinished, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_finishes_its_step_saves_it_and_says_how_to_go_on(long_flags, number, monkeypatch, capsys):
-    flags = [*long_flags, "--stage", "sft", "--save_steps", "100"]
-    clip = train_dpo.keep_adapter_in_float32
-    step = []
+    flags = [*long_flags, "--stage", "sft", "--save_steps", "100", "--eval_steps", "100"]
+    keep = train_dpo.keep_adapter_in_float32
+    forwards = []  # two a step
+
+    def interrupt_the_fifth(*_):
+        forwards.append(1)
+        if len(forwards) == 5:
+            os.kill(os.getpid(), number)
 
     def interrupt_later(model):
-        clip(model)
-        model.register_forward_pre_hook(lambda *_: (step.append(1), len(step) == 5 and os.kill(os.getpid(), number)) and None)
+        keep(model)
+        model.register_forward_pre_hook(interrupt_the_fifth)
 
     monkeypatch.setattr(train_dpo, "keep_adapter_in_float32", interrupt_later)
     with pytest.raises(SystemExit) as stopped:
@@ -230,7 +234,7 @@ def test_out_of_memory_late_in_a_run_goes_on_from_the_checkpoint(long_flags, mon
     build = train_dpo.build_trainer
 
     def short_of_memory(*arguments):
-        trainer, step = build(*arguments), None
+        trainer = build(*arguments)
         step = trainer.training_step
 
         def training_step(*inputs, **named):
