@@ -100,8 +100,8 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
     # safetensors and torch hide the number in their message, or say nothing but that they could not write
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"os error (28|122|27)\b|inline_container|iostream error", text):
         return UserError(f"the disk is full: {text}", "Free some space, or give --outputs elsewhere; what was finished is still there.")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"os error (13|1|30)\b", text):
-        return UserError(f"no permission: {text}", "Mend its permissions, or give --outputs a folder that you may write to.")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO) or re.search(r"os error (13|1|30)\b", text):
+        return UserError(f"cannot read or write: {text}", "Mend its permissions, or give --outputs a folder that you may write to.")
     return None
 
 

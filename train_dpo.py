@@ -224,14 +224,15 @@ def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -
     if restart:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    before: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        differing = [f"{name} {before.get(name)!r}, not {value!r}" for name, value in identity.items() if before.get(name) != value]
-        if differing and last_whole_checkpoint(folder):
-            raise UserError(
-                f"{folder} holds an unfinished run with {'; '.join(differing)}",
-                "Run it with what it had, so that it goes on, or give --restart true to throw it away and start afresh.",
-            )
+    differing = [f"{name} {before.get(name)!r}, not {value!r}" for name, value in identity.items() if before.get(name) != value]
+    if differing and last_whole_checkpoint(folder):
+        raise UserError(
+            f"{folder} holds an unfinished run with {'; '.join(differing)}",
+            "Run it with what it had, so that it goes on, or give --restart true to throw it away and start afresh.",
+        )
     config.write_json(folder / RUN, identity)
 
 
@@ -465,7 +466,7 @@ def training_health(stage: str) -> Any:
     import torch
     from transformers import TrainerCallback
 
-    lower = f"Lower --{'sft_' if stage == 'sft' else ''}learning_rate or --max_grad_norm"
+    lower = f"Lower --{'sft_' if stage == 'sft' else ''}learning_rate or --max_grad_norm, with --restart true"
 
     class TrainingHealth(TrainerCallback):
         def __init__(self) -> None:
@@ -475,7 +476,7 @@ def training_health(stage: str) -> Any:
             norms = torch._foreach_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
             total = float(sum(norm.double() for norm in norms)) if norms else 0.0
             if not math.isfinite(total):
-                raise UserError(f"{stage}: the gradient of step {state.global_step + 1} is not finite", f"{lower}; the last checkpoint is kept.")
+                raise UserError(f"{stage}: the gradient of step {state.global_step + 1} is not finite", f"{lower}.")
 
         def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
             self.step_ends.append(time.monotonic())
@@ -485,12 +486,12 @@ def training_health(stage: str) -> Any:
                 return
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             if not math.isfinite(logs["loss"]):
-                raise UserError(f"{stage}: the loss of step {state.global_step} is {logs['loss']}", f"{lower}; the last checkpoint is kept.")
+                raise UserError(f"{stage}: the loss of step {state.global_step} is {logs['loss']}", f"{lower}.")
             if logs["grad_norm"] == 0 and state.global_step == 1:
-                raise UserError(f"{stage}: every gradient is zero, nothing is learnt", "Give --backend hf, or other --bits or --base_model.")
+                raise UserError(f"{stage}: every gradient is zero, nothing is learnt", "Give --backend hf, or other --bits.")
             if len(losses) > 5 and statistics.median(losses[-5:]) > 2 * losses[0] + 1:
                 found = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {state.global_step}"
-                raise UserError(found, f"{lower}, or raise --warmup_steps.")
+                raise UserError(found, f"{lower}.")
             if state.global_step == 1 and stage == "dpo":
                 margin, loss = logs.get("rewards/margins", 0), logs["loss"]
                 if abs(margin) > 1e-3 or (args.loss_type == ["sigmoid"] and abs(loss - math.log(2)) > 1e-3):

@@ -4,11 +4,13 @@ import errno
 import json
 import math
 import pickle
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings, UserError, parse_settings, preset_settings
 from conftest import make_pairs
+from data import build_pairs
 from data import pairs as pairs_module
 from data.pairs import Movie, Pair, PairsError, load_pairs, write_pairs
 
@@ -39,8 +42,8 @@ def error_of(run, capsys) -> str:
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-        (OSError(errno.EROFS, "Read-only file system", "x"), "no permission: .*Read-only file system: 'x'"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "no permission: .*Permission denied: 'x'"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "cannot read or write: .*Read-only file system: 'x'"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "cannot read or write: .*Permission denied: 'x'"),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
     ],
@@ -48,8 +51,6 @@ def error_of(run, capsys) -> str:
 def test_a_fault_of_the_machine_is_an_error_with_a_remedy(error, said, capsys):
     def run():
         raise error
-
-    import re
 
     assert re.match(said, error_of(run, capsys))
 
@@ -116,9 +117,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_an_output_folder_that_cannot_be_made(training_flags, tmp_path, capsys):
-    (tmp_path / "proc").symlink_to("/proc")  # not writable even for root
-    flags = [*training_flags, "--outputs", str(tmp_path / "proc" / "sys")]
-    assert error_of(lambda: train_dpo.main(flags), capsys)
+    (tmp_path / "file").write_text("kept")
+    said = error_of(lambda: train_dpo.main([*training_flags, "--outputs", str(tmp_path / "file")]), capsys)
+    assert said.startswith("cannot read or write: ") and str(tmp_path / "file") in said
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 # ------------------------------------------------------------------------------------ training that goes wrong
@@ -366,8 +368,6 @@ def test_an_arm_whose_name_means_something_to_a_reader_of_tables_is_refused(name
     path = tmp_path / "p.csv"
     rows = [{"arm": name, "kind": "model", "seed": "", "pair_id": user, "order": order, "history": "own"} for user in "ab" for order in "AB"]
     margins = {"decision_margin": 1.0, "response_margin": 1.0, "preferred_more_popular": "tie"}
-    import pandas as pd
-
     pd.DataFrame([row | margins for row in rows]).to_csv(path, index=False)
     with pytest.raises(UserError, match="has an arm whose name"):
         evaluate_dpo.read_predictions(path)
@@ -386,3 +386,13 @@ def test_an_error_message_cannot_steer_the_terminal(capsys):
         raise UserError(f"no such file {ESCAPE}", "Give another.")
 
     assert "\x1b" not in error_of(run, capsys)
+
+
+def test_a_downloaded_archive_is_checked_before_it_is_opened(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "source.zip"
+    source.write_bytes(b"PK another file")
+    monkeypatch.setattr(build_pairs, "ML_1M_URL", source.as_uri())
+    with pytest.raises(UserError, match="not the file that was expected"):
+        build_pairs.download_ml_1m(tmp_path)
+    monkeypatch.setattr(build_pairs, "ML_1M_SHA256", config.file_sha256(source))
+    assert build_pairs.download_ml_1m(tmp_path).read_bytes() == source.read_bytes()
