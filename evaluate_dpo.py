@@ -47,7 +47,7 @@ MEASURES = {  # name: (label, unit)
 }
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
 MARGINS = ("decision_margin", "response_margin")
-ARM_NAME = re.compile(r"[\w.+-][\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
+ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

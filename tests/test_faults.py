@@ -267,6 +267,8 @@ def test_a_run_json_of_an_older_version_is_told_so(adapter, run):
     [
         (["--bits", "3"], "--bits: invalid choice"),
         (["--beta", "-1"], "beta is -1.0"),
+        (["--gpu_memory_gb", "nan"], "gpu_memory_gb is nan"),
+        (["--learning_rate", "inf"], "learning_rate is inf"),
         (["--preset", "huge"], "--preset: invalid choice"),
         (["--backend", "unsloth"], "the unsloth backend needs CUDA"),
         (["--pairs", "README.md"], "README.md: .* problem"),
