@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -79,10 +82,32 @@ def run_script(main: Callable[[], Any]) -> None:
     try:
         main()
         leave_processes()
-    except UserError as error:
-        sys.exit(_fail(f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped"))
+    except KeyboardInterrupt as stopped:
+        sys.exit(_fail(str(stopped) or "stopped"))
+    except Exception as error:
+        known = error if isinstance(error, UserError) else fault_of_the_machine(error)
+        if known is None:
+            raise
+        sys.exit(_fail(f"error: {known}"))
+
+
+def fault_of_the_machine(error: Exception) -> UserError | None:
+    """A full disk, a folder that may not be written to, or too little memory, with a remedy; None for anything else."""
+    text = printable(str(error).strip().partition("\n")[0])
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        return UserError(f"out of memory: {text}", "Close other programs, or lower --batch_size (in evaluation --batch_users).")
+    # safetensors and torch hide the number in their message, or say nothing but that they could not write
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"os error (28|122|27)\b|inline_container|iostream error", text):
+        return UserError(f"the disk is full: {text}", "Free some space, or give --outputs elsewhere; what was finished is still there.")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO) or re.search(r"os error (13|1|30)\b", text):
+        return UserError(f"cannot read or write: {text}", "Mend its permissions, or give --outputs a folder that you may write to.")
+    return None
+
+
+def printable(text: str) -> str:
+    """Text without what would steer a terminal, such as an escape sequence in a file's name."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def leave_processes() -> None:
@@ -95,7 +120,7 @@ def leave_processes() -> None:
 
 
 def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return 2
 
 
@@ -143,6 +168,8 @@ class Settings:
     seed: int = _setting(3407, "seed of everything random")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            self.require(name, not isinstance(value, float) or math.isfinite(value), "that is a number")
         self.require("test_share", 0 < self.test_share < 1, "between 0 and 1")
         self.require("max_length", self.max_length > 0, "above 0")
 
@@ -161,6 +188,7 @@ class TrainingSettings(Settings):
     init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
     sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
     check: bool = _setting(False, "check everything, print what was found, train nothing")
+    restart: bool = _setting(False, "throw away the checkpoints of an unfinished run instead of going on from them")
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
@@ -394,6 +422,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}", "Wait for it to end, or give --outputs another folder.") from None
+        yield
+
+
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -429,22 +476,44 @@ def adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
 
     An adapter without run.json is taken as it is: nothing is known of what it was trained on.
     """
+    return printable(_adapter_problem(folder, settings, test_digest))
+
+
+def _adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
+    from safetensors import SafetensorError, safe_open
+
     if not folder.is_dir():
         return f"there is no adapter at {folder}"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             return f"{folder} is no adapter: it has no {name}"
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "np"):  # compares what its header says with the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        return f"{folder}/adapter_model.safetensors is damaged or cut short ({error})"
+    with contextlib.suppress(ValueError, AttributeError):
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        if kind == "LORA":
+            return _run_problem(folder, settings, test_digest)
+    return f"{folder}/adapter_config.json describes no LoRA adapter"
+
+
+def _run_problem(folder: Path, settings: Settings, test_digest: str) -> str:
     if not (folder / "run.json").is_file():
         return ""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        trained_on, digest = run["settings"]["base_model"], run["data"]["test_digest"]
-    except (ValueError, KeyError, TypeError):
-        return f"{folder}/run.json cannot be read"
+        trained_on, digest = str(run["settings"]["base_model"]), run["data"]["test_digest"]
+        vocabulary = run.get("vocabulary")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder}/run.json cannot be read, or is of an older version ({type(error).__name__}: {error})"
     if trained_on.removesuffix("-bnb-4bit") != settings.base_model.removesuffix("-bnb-4bit"):
         return f"{folder} was trained on the base model {trained_on}, not {settings.base_model}"
     if digest != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    if vocabulary and vocabulary != (tokens := len(load_tokenizer(settings))):
+        return f"{folder} was trained with another tokenizer, of {vocabulary} tokens; that of {settings.base_model} has {tokens}"
     return ""
 
 
@@ -492,7 +561,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 
     quiet_libraries()
     with _named_errors(settings.base_model):
-        tokenizer = AutoTokenizer.from_pretrained(model_path(settings.base_model), padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(model_path(settings.base_model), padding_side="right", trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {settings.base_model} has no end-of-text token", "Set eos_token in its tokenizer_config.json."
@@ -524,7 +593,7 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     path = model_path(settings.base_model)
-    stored = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+    stored = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None)
     quantization = None
     if settings.bits == 4:
         quantization = BitsAndBytesConfig(
@@ -550,7 +619,8 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
         dtype="auto",  # as stored, so that the same 4-bit weights come out whatever is computed in
         device_map=None if under_fsdp() else {"": device},
         attn_implementation="sdpa",
-        use_safetensors=True,
+        use_safetensors=True,  # never pickle
+        trust_remote_code=False,
     )
     for weight in model.parameters():
         if weight.is_floating_point() and not hasattr(weight, "quant_state"):
@@ -638,7 +708,7 @@ def parameter_count(base_model: str) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _named_errors(base_model), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(base_model)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(base_model), trust_remote_code=False))
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -656,7 +726,7 @@ def fitting_batch_size(settings: TrainingSettings, share: int, shared_prompt: bo
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     if not torch.cuda.is_available():
         return max(size for size in divisors if size <= (8 if shared_prompt else 2))
-    shape = AutoConfig.from_pretrained(model_path(settings.base_model))
+    shape = AutoConfig.from_pretrained(model_path(settings.base_model), trust_remote_code=False)
     free = 0.8 * min(torch.cuda.mem_get_info()[0], torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1])
     weights = parameter_count(settings.base_model) * settings.bits / 8 * 1.1
     kept = shape.hidden_size if settings.gradient_checkpointing else 10 * shape.hidden_size + 5 * shape.intermediate_size
@@ -725,9 +795,13 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
 @contextlib.contextmanager
 def _named_errors(base_model: str) -> Iterator[None]:
     """Turn what the libraries say of a model that cannot be loaded into an error with a remedy."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if fault_of_the_machine(error):
+            raise
         raise UserError(
             f"cannot load the base model {base_model}: {str(error).strip().splitlines()[0]}",
             "Give --base_model a hub id that your account may read, or a local folder; --preset small needs neither.",
@@ -774,8 +848,11 @@ def quiet_libraries() -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import math
 import re
 import time
@@ -47,12 +48,19 @@ MEASURES = {  # name: (label, unit)
 }
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
 MARGINS = ("decision_margin", "response_margin")
+ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     config.quiet_libraries()
     folder = config.evaluation_folder(settings)
+    with config.only_run_in(folder):
+        evaluate(settings, folder)
+
+
+def evaluate(settings: EvaluationSettings, folder: Path) -> None:
+    """Score unless predictions are given, measure, and write all that belongs into the folder."""
     source = Path(settings.from_predictions or folder / "predictions.csv")
     generation: dict[str, Any] = {}
     run: dict[str, Any] = {"mismatches": []}
@@ -60,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         predictions, generated, run = predict(settings)
         if not config.is_main_process():
             return
-        folder.mkdir(parents=True, exist_ok=True)
         if generated is not None:
             config.write_text(folder / "generations.csv", generated.to_csv(index=False, lineterminator="\n"))
             generation = {arm: generation_measures(rows) for arm, rows in generated.groupby("arm", sort=False)}
@@ -69,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     predictions = read_predictions(source)
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
-    folder.mkdir(parents=True, exist_ok=True)
     config.write_json(folder / "metrics.json", metrics)
     config.write_text(folder / "report.md", report(metrics, generation, run["mismatches"]))
     config.write_text(folder / "table.tex", latex(metrics))
@@ -251,8 +257,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
     given = {}
     for text in settings.adapters:
         name, _, paths = text.partition("=")
-        if not name or not paths or "@" in name or name in (*given, "base", *BASELINES):
-            raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own that holds no @.")
+        if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
+            raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone.")
         given[name] = [Path(path) for path in paths.split(",")]
     arms = {stage: given.pop(stage, [config.adapter_folder(settings, stage)]) for stage in ("sft", "dpo")} | given
     adapters: dict[str, dict[str, Path]] = {}
@@ -625,9 +631,29 @@ def read_predictions(path: Path) -> pd.DataFrame:
             problem = "has an order that is neither A nor B, or a history that is neither own nor stranger"
         elif predictions.duplicated(key).any():
             problem = f"has two rows for the same {', '.join(key)}"
+        else:
+            problem = incoherence(predictions)
     if problem:
         raise UserError(f"{path} {problem}", "Give a predictions.csv of evaluate_dpo.py.")
     return predictions
+
+
+def incoherence(predictions: pd.DataFrame) -> str:
+    """Why no measures can be computed from rows of the right form; "" if they can."""
+    own = predictions[predictions["history"] == "own"]
+    users = own["pair_id"].nunique()
+    runs = own.groupby(["arm", "seed"]).size()
+    if not predictions["arm"].map(lambda arm: bool(ARM_NAME.fullmatch(arm))).all():
+        return "has an arm whose name holds other than letters, digits and . _ + - @"
+    if not predictions["kind"].isin(("model", "baseline")).all() or (predictions.groupby("arm")["kind"].nunique() > 1).any():
+        return "has an arm that is neither a model nor a baseline, or both"
+    if not predictions["preferred_more_popular"].isin(("true", "false", "tie")).all():
+        return "has a preferred_more_popular that is not true, false or tie"
+    if predictions["decision_margin"].isna().any() or (predictions[list(MARGINS)].abs() > 1e6).any(axis=None):
+        return "has a margin that is missing or above a million"
+    if users < 2 or (runs != 2 * users).any():
+        return f"does not have each of its {users} users (two at least) in both orders under every arm"
+    return ""
 
 
 def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
@@ -869,7 +895,7 @@ def report(metrics: dict[str, Any], generation: dict[str, Any] | None = None, mi
         columns = ["answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre"]
         lines += ["", "| generated answers | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---|" * len(columns)]
         lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in columns) + " |" for arm, found in generation.items()]
-    lines += ["", *(f"**Mismatch:** {mismatch}  " for mismatch in mismatches)]
+    lines += ["", *(f"**Mismatch:** {html.escape(mismatch)}  " for mismatch in mismatches)]
     return "\n".join([*lines, *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
 
 
@@ -880,7 +906,6 @@ def plot_all(predictions: pd.DataFrame, metrics: dict[str, Any], folder: Path) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     everyone = list(metrics["arms"])
     models = [arm for arm in everyone if metrics["arms"][arm]["kind"] == "model"]
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
@@ -903,11 +928,12 @@ def plot_all(predictions: pd.DataFrame, metrics: dict[str, Any], folder: Path) -
             "margins": draw_margins(predictions),
             "seeds": draw_seeds(predictions),
         }
-        for name, figure in figures.items():
-            if figure is not None:
-                for ending in ("png", "pdf"):
-                    figure.savefig(folder / f"{name}.{ending}", dpi=200)
-                plt.close(figure)
+        with config.whole_folder(folder) as made:
+            for name, figure in figures.items():
+                if figure is not None:
+                    for ending in ("png", "pdf"):
+                        figure.savefig(made / f"{name}.{ending}", dpi=200)
+                    plt.close(figure)
 
 
 def draw_measures(

@@ -20,6 +20,7 @@ import json
 import math
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -100,38 +101,42 @@ def train_stage(
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     start = f"the adapter {initial_adapter}" if initial_adapter else "the base model"
     print(f"{stage}: {len(rows):,} rows from {start}, {settings.bits}-bit {settings.base_model}", flush=True)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer, batch_size = train_within_memory(stage, settings, rows, validation_rows, initial_adapter)
-    if trainer.eval_dataset is not None and "eval_loss" not in trainer.state.log_history[-2]:
-        trainer.evaluate()
-
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
-    step_seconds = statistics.median(np.diff(trainer.step_ends)) if len(trainer.step_ends) > 1 else None  # the first step compiles
-    run = {
-        "stage": stage,
-        "settings": dataclasses.asdict(settings),
-        "initial_adapter": str(initial_adapter) if initial_adapter else None,
-        "data": split,
-        "rows": len(rows),
-        "steps": trainer.state.global_step,
-        "rows_seen": trainer.state.global_step * settings.effective_batch,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "train_seconds": round(seconds, 1),
-        "rows_per_second": round(settings.effective_batch / step_seconds, 3) if step_seconds else None,
-        "wall_seconds": round(time.monotonic() - began, 1),
-        "batch_size": batch_size,
-        "processes": config.process_count(),
-        "peak_memory_gb": round(peak_memory(), 2),
-        "backend": config.backend_of(settings),
-        **config.environment_facts(),
-        "log_history": history,
-    }
-    save_adapter(trainer, folder, settings, run)
-    if config.is_main_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    with config.only_run_in(checkpoints):
+        prepare_checkpoints(checkpoints, run_identity(stage, settings, split, initial_adapter), settings.restart)
+        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a final save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        trainer, batch_size, resumed_from = train_within_memory(stage, settings, rows, validation_rows, initial_adapter)
+        history, steps = trainer.state.log_history, trainer.state.global_step
+        if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in history):
+            trainer.evaluate()
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
+        step_seconds = statistics.median(np.diff(trainer.step_ends)) if len(trainer.step_ends) > 1 else None  # the first step compiles
+        run = {
+            "stage": stage,
+            "settings": dataclasses.asdict(settings),
+            "initial_adapter": str(initial_adapter) if initial_adapter else None,
+            "data": split,
+            "rows": len(rows),
+            "steps": steps,
+            "resumed_from_step": resumed_from,  # seconds and memory are those since then
+            "rows_seen": steps * settings.effective_batch,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "train_seconds": round(seconds, 1),
+            "rows_per_second": round(settings.effective_batch / step_seconds, 3) if step_seconds else None,
+            "wall_seconds": round(time.monotonic() - began, 1),
+            "batch_size": batch_size,
+            "processes": config.process_count(),
+            "peak_memory_gb": round(peak_memory(), 2),
+            "backend": config.backend_of(settings),
+            "vocabulary": len(trainer.processing_class),
+            **config.environment_facts(),
+            "log_history": history,
+        }
+        save_adapter(trainer, folder, settings, run)
+        if config.is_main_process():
+            shutil.rmtree(checkpoints, ignore_errors=True)
     print(
         f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} in {run['steps']} steps, "
         f"{run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB -> {folder}",
@@ -148,8 +153,9 @@ def train_within_memory(
     rows: list[dict[str, str]],
     validation_rows: list[dict[str, str]],
     initial_adapter: Path | None,
-) -> tuple[Any, int]:
-    """(trained trainer, micro-batch): out of memory, the stage starts again with half the micro-batch.
+) -> tuple[Any, int, int | None]:
+    """(trained trainer, micro-batch, step that it went on from): out of memory, the stage starts again with half the
+    micro-batch, or goes on from its last checkpoint.
 
     The effective batch stays as it is, and so do the seed and the starting weights, so that what is trained does
     not depend on how often memory ran out.
@@ -168,8 +174,10 @@ def train_within_memory(
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
                 trainer = build_trainer(stage, settings, rows, validation_rows, initial_adapter, batch_size)
-                trainer.train()
-            return trainer, batch_size
+                trainer.accelerator.wait_for_everyone()  # the first process may have thrown checkpoints away
+                checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
+                train_from(trainer, checkpoint, stage)
+            return trainer, batch_size, checkpoint and checkpoint_step(checkpoint)
         except torch.OutOfMemoryError:
             trainer = None  # goes on below, where the error no longer holds on to the tensors
         if batch_size == 1 or config.process_count() > 1:
@@ -178,10 +186,136 @@ def train_within_memory(
                 "Lower --batch_size, --max_length or --lora_rank, or give --gradient_checkpointing true.",
             )
         free_memory()
-        shutil.rmtree(config.checkpoints_folder(settings, stage), ignore_errors=True)
         batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
         accumulation = share // batch_size
         print(f"{stage}: out of memory; starting again with micro-batches of {batch_size}, {accumulation} to a step", flush=True)
+
+
+# ---------------------------------------------------------------------------------- unfinished runs, and going on
+
+WHOLE = "whole.json"  # written last into a checkpoint: the sha256 of each of its files
+RUN = "run.json"  # beside the checkpoints: what they are checkpoints of
+# These don't change what is trained, or are known by their content; a new setting counts.
+NOT_TRAINED = {
+    *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
+    *("gradient_checkpointing", "eval_steps", "save_steps", "logging_steps", "report_to"),
+}
+OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
+
+
+def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
+    """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
+    counted = {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+    adapter_sha256 = config.file_sha256(initial_adapter / "adapter_model.safetensors")[:12] if initial_adapter else None
+    return counted | {
+        "sha256 of the pairs": split["pairs_sha256"][:12],
+        "sha256 of the SFT adapter": adapter_sha256,
+        "backend": config.backend_of(settings),
+        "compute dtype": str(config.training_dtype()),
+        "processes": config.process_count(),
+    }
+
+
+def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
+    """Make a stage's checkpoints folder ready to begin in, or to go on in.
+
+    Raises:
+        UserError: it holds an unfinished run of other settings, data or base model.
+    """
+    if not config.is_main_process():
+        return
+    if restart:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    before: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    differing = [f"{name} {before.get(name)!r}, not {value!r}" for name, value in identity.items() if before.get(name) != value]
+    if differing and last_whole_checkpoint(folder):
+        raise UserError(
+            f"{folder} holds an unfinished run with {'; '.join(differing)}",
+            "Run it with what it had, so that it goes on, or give --restart true to throw it away and start afresh.",
+        )
+    config.write_json(folder / RUN, identity)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there as they were written; broken ones that are newer are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            written = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+            if all(config.file_sha256(checkpoint / name) == sha256 for name, sha256 in written.items()):
+                return checkpoint
+        if config.is_main_process():
+            print(f"{checkpoint} is not whole and is removed", file=sys.stderr, flush=True)
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
+    """Train from the start, or go on from a checkpoint: weights, optimiser, schedule, random state, order of the rows.
+
+    Raises:
+        KeyboardInterrupt: stopped from outside, after the step was finished and saved.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+
+    class AllTrained(Exception):
+        pass
+
+    class Checkpoints(TrainerCallback):
+        stopping = False
+
+        def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001
+            if state.global_step >= state.max_steps:  # killed after the last step: transformers would train one more
+                raise AllTrained
+
+        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
+            if self.stopping:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args, state, control, **kwargs):  # noqa: ANN001
+            trainer.accelerator.wait_for_everyone()  # each process writes its own random state
+            if config.is_main_process():
+                made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                files = [path for path in made.rglob("*") if path.is_file() and path.name != WHOLE]
+                config.write_json(made / WHOLE, {str(path.relative_to(made)): config.file_sha256(path) for path in files})
+
+        def stop(self, number, frame):  # noqa: ANN001
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            print(f"\n{stage}: stopping after this step", file=sys.stderr, flush=True)
+
+    def load_policy(path: str, model: Any = None) -> None:
+        """Beside a frozen reference transformers loads the reference alone; and this keeps the adapter in float32."""
+        set_peft_model_state_dict(trainer.model, load_file(Path(path) / "adapter_model.safetensors"), adapter_name="default")
+
+    checkpoints = Checkpoints()
+    trainer.add_callback(checkpoints)
+    trainer.args.logging_nan_inf_filter = False  # it would hide them from training_health
+    if checkpoint:
+        if config.is_main_process():
+            print(f"{stage}: goes on from {checkpoint}", file=sys.stderr, flush=True)
+        if not config.under_fsdp():
+            trainer._load_from_checkpoint = load_policy
+    signals = (signal.SIGINT, signal.SIGTERM) if config.process_count() == 1 else ()  # several would not stop at one step
+    before = {number: signal.signal(number, checkpoints.stop) for number in signals}
+    try:
+        with contextlib.suppress(AllTrained):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if checkpoints.stopping:
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        raise KeyboardInterrupt(f"{stage}: stopped at step {step} of {last}, which is saved\nThe same command goes on from there.")
 
 
 def free_memory() -> None:
@@ -278,12 +412,14 @@ def shared_prompt_trainer(backend: str) -> type:
     """
     import torch
     from trl import DPOTrainer
+    from trl.models.utils import _ForwardRedirection
     from trl.trainer.utils import _ChunkedLogProbFunction
 
     class SharedPromptTrainer(DPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
+            self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
             stock = self.data_collator
             self.data_collator = lambda examples: stock(examples) | tree_batch(examples)
 
@@ -485,32 +621,47 @@ def keep_adapter_in_float32(model: Any) -> None:
 
 
 def training_health(stage: str, tolerance: float = 1e-3) -> Any:
-    """A callback that stops a run whose first step shows that it cannot learn, or learns against a wrong reference.
+    """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart.
 
-    tolerance: how far from 0 the first reward margin may be.
+    Gradients are looked at before each step, so that no checkpoint ever holds what a bad one made.
+    tolerance: how far from 0 the first reward margin may be, and from ln 2 the first loss.
     """
+    import torch
     from transformers import TrainerCallback
+
+    lower = f"Lower --{'sft_' if stage == 'sft' else ''}learning_rate or --max_grad_norm, with --restart true"
 
     class TrainingHealth(TrainerCallback):
         def __init__(self) -> None:
             self.step_ends: list[float] = []
 
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
+            norms = torch._foreach_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+            if norms and not torch.stack(norms).isfinite().all():
+                raise UserError(f"{stage}: the gradient of step {state.global_step + 1} is not finite", f"{lower}.")
+
         def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
             self.step_ends.append(time.monotonic())
 
         def on_log(self, args, state, control, logs, **kwargs):  # noqa: ANN001
-            if state.global_step != 1 or "loss" not in logs:
+            if "loss" not in logs:
                 return
-            if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
-                raise UserError(f"{stage}: the first loss is {logs['loss']}", "Lower the learning rate, or compute in float32.")
-            if logs["grad_norm"] == 0:
-                raise UserError(f"{stage}: every gradient is zero", "Check that the adapter is trainable.")
-            if abs(logs.get("rewards/margins", 0)) > tolerance:
-                raise UserError(
-                    f"{stage}: the first reward margin is {logs['rewards/margins']} and not 0: the reference is not the "
-                    "policy that training starts from",
-                    "Check --init and --sft_adapter.",
-                )
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            if not math.isfinite(logs["loss"]):
+                raise UserError(f"{stage}: the loss of step {state.global_step} is {logs['loss']}", f"{lower}.")
+            if logs["grad_norm"] == 0 and state.global_step == 1:
+                raise UserError(f"{stage}: every gradient is zero, nothing is learnt", "Give --backend hf, or other --bits.")
+            if len(losses) > 5 and statistics.median(losses[-5:]) > 2 * losses[0] + 1:
+                found = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {state.global_step}"
+                raise UserError(found, f"{lower}.")
+            if state.global_step == 1 and stage == "dpo":
+                margin, loss = logs.get("rewards/margins", 0), logs["loss"]
+                if abs(margin) > tolerance or (args.loss_type == ["sigmoid"] and abs(loss - math.log(2)) > tolerance):
+                    raise UserError(
+                        f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin {margin:.4f} and not "
+                        "0: the reference is not the policy that training starts from",
+                        "Check --init and --sft_adapter.",
+                    )
 
     return TrainingHealth()
 

@@ -31,6 +31,7 @@ from data.pairs import HISTORY_LENGTH, Movie, Pair, write_pairs
 ML_100K_WHEEL = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
 ML_100K_MEMBERS = "recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/dataset_example/ml-100k/ml-100k.item"
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+ML_1M_SHA256 = "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"
 LICENCE = """\
 MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
 correctness of the data. You may use it for research; you must acknowledge its use in publications, must not
@@ -85,7 +86,11 @@ def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
 
 
 def download_ml_1m(folder: Path) -> Path:
-    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence."""
+    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence.
+
+    Raises:
+        UserError: it cannot be fetched, or is not the file that was expected.
+    """
     print(LICENCE)
     path = folder / "ml-1m.zip"
     print(f"fetching {ML_1M_URL}", flush=True)
@@ -93,7 +98,8 @@ def download_ml_1m(folder: Path) -> Path:
         urllib.request.urlretrieve(ML_1M_URL, path)
     except OSError as error:
         raise UserError(f"cannot fetch {ML_1M_URL}: {error}", "Fetch it by other means and give --from.") from None
-    print(f"sha256 {file_sha256(path)}")
+    if file_sha256(path) != ML_1M_SHA256:
+        raise UserError(f"{ML_1M_URL} is not the file that was expected (sha256 differs)", "Fetch it by other means and give --from.")
     return path
 
 

@@ -29,13 +29,16 @@ ORDERS = ("A", "B")
 OPTION_ORDERS = ("balanced", "both", "original")
 HISTORY_LENGTH = 5
 PROBLEMS_SHOWN = 20
+LONGEST_TITLE = 300  # characters; the longest of MovieLens has 82
+LONGEST_LINE = 10_000  # bytes
+LARGEST_FILE = 500_000_000  # bytes, a million pairs: all are held in memory
 
 _INPUT = re.compile(r"History: (?P<history>.+?)\. Option A: (?P<A>.+)\. Option B: (?P<B>.+)\.")
 _OPTION = re.compile(r"(?P<title>.+) \((?P<genres>[^()|\d][^()|]*(?:\|[^()|]+)*)\)")
 _BETWEEN_TITLES = re.compile(r"(?<=\(\d{4}\)), ")  # every title of a history ends in its year
 _DECISION = re.compile(r"better recommendation is Option ([AB])\b")
 _MENTION = re.compile(r"\bOption ([AB])\b")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # they steer a terminal
 
 
 class PairsError(ValueError):
@@ -86,6 +89,8 @@ def load_pairs(path: str | Path) -> list[Pair]:
     """
     pairs: list[Pair] = []
     problems: list[str] = []
+    if os.path.getsize(path) > LARGEST_FILE:
+        raise PairsError(f"{path}: {os.path.getsize(path) / 1e9:.1f} GB, more than the {LARGEST_FILE / 1e9} GB that a pairs file may have")
     line_of: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -127,8 +132,11 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
         lines.append(line + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
@@ -213,6 +221,8 @@ def _response(letter: str, film: Movie, contrary: str, against: Movie) -> str:
 
 
 def _parse_line(line: bytes) -> Pair:
+    if len(line) > LONGEST_LINE:
+        raise PairsError(f"longer than {LONGEST_LINE:,} bytes")
     try:
         text = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -237,6 +247,8 @@ def _parse_line(line: bytes) -> Pair:
     if len(history) != HISTORY_LENGTH:
         raise PairsError(f"the history has {len(history)} film(s) and not {HISTORY_LENGTH}; a title ends in its (year)")
     films = {order: Movie(option["title"], tuple(option["genres"].split("|"))) for order, option in options.items()}
+    if max(map(len, (*history, films["A"].title, films["B"].title))) > LONGEST_TITLE:
+        raise PairsError(f"a title is longer than {LONGEST_TITLE} characters")
     if films["A"].title == films["B"].title:
         raise PairsError("Option A and Option B are the same film")
 

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import config
 from config import EvaluationSettings, TrainingSettings, UserError, parse_settings, preset_settings
@@ -172,8 +173,8 @@ def test_an_adapter_of_other_settings_is_a_problem(tmp_path):
     assert "there is no adapter" in config.adapter_problem(folder, settings, "digest")
     folder.mkdir()
     assert "no adapter_config.json" in config.adapter_problem(folder, settings, "digest")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_text("")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"weight": torch.zeros(8)}, folder / "adapter_model.safetensors")
     assert config.adapter_problem(folder, settings, "digest") == ""
     run = {"settings": {"base_model": config.SMALL_MODEL}, "data": {"test_digest": "digest"}}
     (folder / "run.json").write_text(json.dumps(run))

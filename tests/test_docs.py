@@ -70,3 +70,10 @@ def test_the_schema_of_metrics_json_is_the_documented_one():
         assert f"`{key}`" in text, f"docs/metrics.md lacks {key}"
     assert f"version {evaluate_dpo.SCHEMA_VERSION}" in text and metrics["schema_version"] == evaluate_dpo.SCHEMA_VERSION
     assert set(evaluate_dpo.MEASURES) <= set(metrics["arms"]["dpo"]), "the committed results are of an older version"
+
+
+def test_every_fault_that_is_documented_is_shown_by_a_test():
+    text = (config.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (config.ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
