@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import config
@@ -44,6 +45,7 @@ def error_of(run, capsys) -> str:
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "cannot read or write: .*Read-only file system: 'x'"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "cannot read or write: .*Permission denied: 'x'"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
     ],
@@ -66,20 +68,19 @@ import config, train_dpo
 build = train_dpo.build_trainer
 def build_trainer(*arguments):
     trainer = build(*arguments)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # what is written from here on fails, in C++, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # the adapter fits, the optimiser's state does not
     return trainer
 train_dpo.build_trainer = build_trainer
 config.run_script(lambda: train_dpo.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("limit", [20_000, 190_000])  # the adapter does not fit; the adapter does, the optimiser does not
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(training_flags, limit, capsys):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(training_flags):
     train_dpo.main([*training_flags, "--stage", "sft"])
     folder = config.adapter_folder(parse_settings(TrainingSettings, training_flags), "sft")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     flags = [*training_flags, "--stage", "sft", "--save_steps", "1"]
-    run = subprocess.run([sys.executable, "-c", LITTLE_DISK, str(limit), *flags], capture_output=True, text=True, cwd=config.ROOT)
+    run = subprocess.run([sys.executable, "-c", LITTLE_DISK, "190000", *flags], capture_output=True, text=True, cwd=config.ROOT)
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     assert "error: the disk is full" in run.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

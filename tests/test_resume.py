@@ -80,11 +80,12 @@ def long_flags(training_flags) -> list[str]:
     return [*training_flags, *STEPS, "--lora_dropout", "0.1"]
 
 
-def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(long_flags, tmp_path):
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(long_flags, tmp_path, monkeypatch, capsys):
     """SIGKILL in SFT, in DPO, while a checkpoint is written, and in the final save; float32 over 16-bit weights."""
     flags = [*long_flags, "--bits", "16", "--outputs", str(tmp_path / "killed")]
     undisturbed = [*flags, "--outputs", str(tmp_path / "undisturbed")]
-    assert drive("none", "step", 0, "float32", undisturbed).returncode == 0
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    train_dpo.main(undisturbed)
     for stage, moment, step, goes_on_from in (
         ("sft", "step", 3, None),
         ("dpo", "checkpoint", 4, "sft_checkpoints/checkpoint-2"),
@@ -95,8 +96,8 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(long_flags, tm
         assert run.returncode == -signal.SIGKILL, run.stderr
         assert goes_on_from is None or goes_on_from in run.stderr
         assert not folder_of(flags, "dpo").exists()
-    run = drive("none", "step", 0, "float32", flags)
-    assert run.returncode == 0 and "dpo_checkpoints/checkpoint-6" in run.stderr, run.stderr
+    train_dpo.main(flags)
+    assert "dpo_checkpoints/checkpoint-6" in capsys.readouterr().err
     for stage in ("sft", "dpo"):
         assert np.abs(scores(flags, stage) - scores(undisturbed, stage)).max() < 1e-6
     left = sorted(path.name for path in (tmp_path / "killed").iterdir())
