@@ -46,7 +46,7 @@ def test_a_line_becomes_a_pair_with_the_answer_as_preferred_film(tmp_path):
     ("content", "reason"),
     [
         ("{not json", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 9_000, "not JSON"),
         ('["a list"]', "not a JSON object"),
         ('{"instruction": "x", "input": "y"}', "no key 'output'"),
         (line(output=3), "'output' is no text"),
