@@ -102,6 +102,9 @@ def test_a_disk_that_fills_up_in_the_final_save_leaves_the_earlier_adapter(train
         assert "the disk is full" in error_of(lambda: train_dpo.main(flags), capsys)
     assert (folder / "run.json").read_bytes() == before
     assert not list(folder.parent.glob(f".{folder.name}.*"))
+    train_dpo.main(flags)
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["resumed_from_step"], run["steps"]) == (3, 3), "with space again nothing is trained, only saved"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
