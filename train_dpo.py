@@ -497,7 +497,9 @@ def remember_reference(trainer: Any, settings: TrainingSettings, initial_adapter
     that other epochs, beta, learning rates and seeds find theirs there.
     """
     path = config.reference_file(settings, initial_adapter)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known: dict[str, list[float]] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)
         if dataset is None:
@@ -510,15 +512,15 @@ def remember_reference(trainer: Any, settings: TrainingSettings, initial_adapter
         for column, response in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
             dataset = dataset.add_column(column, [known[key][response] for key in keys])
         setattr(trainer, name, dataset)
-    check_reference(trainer)
+    check_reference(trainer, path)
     trainer.precompute_ref_logps = True
     if config.is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         config.write_json(path, known)
 
 
-def check_reference(trainer: Any) -> None:
-    """Raise RuntimeError unless the policy that training starts from gives the remembered log-probabilities."""
+def check_reference(trainer: Any, path: Path) -> None:
+    """Raise UserError unless the policy that training starts from gives the log-probabilities remembered in a file."""
     import torch
 
     rows = [trainer.train_dataset[index] for index in range(min(4, len(trainer.train_dataset)))]
@@ -528,7 +530,11 @@ def check_reference(trainer: Any) -> None:
     remembered = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     difference = (log_probs.sum(dim=1) - remembered).abs().mean().item()
     if difference > (1e-2 if config.training_dtype() == torch.float32 else 2.0):  # nats of a hundred; rounding in bfloat16
-        raise RuntimeError(f"the policy differs from the remembered reference by {difference:.3f} nats a response")
+        raise UserError(
+            f"dpo: the reference remembered in {path} is not the policy that training starts from: they differ by "
+            f"{difference:.3f} nats a response",
+            "Delete the file, so that it is computed anew.",
+        )
 
 
 def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> list[list[float]]:

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 import config
+import evaluate_dpo
+import train_dpo
 
 
 def launch(script: str, *flags: str, processes: int) -> subprocess.CompletedProcess:
@@ -26,9 +28,13 @@ def test_two_processes_train_and_evaluate_as_one(flags, tmp_path):
         outputs = tmp_path / f"by{processes}"
         mine = [*flags, "--outputs", str(outputs)]
         extra = "--max_steps 2 --effective_batch 4 --batch_size 2 --validation_pairs 4 --eval_steps 1 --init base".split()
-        done = launch("train_dpo.py", *mine, *extra, processes=processes)
-        assert done.stdout.count("dpo: loss 0.693") == 1, "one process speaks"
-        launch("evaluate_dpo.py", *mine, "--resamples", "50", processes=processes)
+        if processes == 1:
+            train_dpo.main([*mine, *extra])
+            evaluate_dpo.main([*mine, "--resamples", "50"])
+        else:
+            done = launch("train_dpo.py", *mine, *extra, processes=processes)
+            assert done.stdout.count("dpo: loss 0.693") == 1, "one process speaks"
+            launch("evaluate_dpo.py", *mine, "--resamples", "50", processes=processes)
         folder = next(outputs.glob("*_dpo_4bit_final"))
         found[processes] = json.loads((folder / "run.json").read_text()), pd.read_csv(outputs / "evaluation" / "predictions.csv")
     assert [run["processes"] for run, _ in found.values()] == [1, 2]

@@ -115,10 +115,19 @@ def test_a_wrong_reference_stops_the_run(training_flags, monkeypatch):
                 weight.data += 0.5
         return trainer
 
-    monkeypatch.setattr(train_dpo, "build_trainer", tampered)
-    with pytest.raises(UserError, match="the reference is not the policy"):
-        train_dpo.main([*training_flags, "--stage", "dpo"])
+    with pytest.raises(UserError, match="the reference is not the policy"), monkeypatch.context() as patched:
+        patched.setattr(train_dpo, "build_trainer", tampered)
+        train_dpo.main([*training_flags, "--stage", "dpo", "--trainer", "stock"])
     assert not folder_of(training_flags, "dpo").exists()
+
+    train_dpo.main([*training_flags, "--stage", "dpo"])
+    [file] = Path(training_flags[training_flags.index("--outputs") + 1]).glob("*_reference/*.json")
+    wrong = {key: [value - 5 for value in values] for key, values in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="is not the policy that training starts from: they differ by 5.* nats.*\nDelete the file"):
+        train_dpo.main([*training_flags, "--stage", "dpo"])
+    file.write_text("cut sho")
+    train_dpo.main([*training_flags, "--stage", "dpo"])
 
 
 def test_validation_and_used_pairs_come_from_the_training_users(training_flags, pairs_file):
