@@ -30,7 +30,7 @@ def error_of(run, capsys) -> str:
     """The error that a script's main function ends with: two lines, exit code 2, no traceback."""
     with pytest.raises(SystemExit) as ended:
         config.run_script(run)
-    shown = capsys.readouterr().err.rpartition("error: ")[2]
+    shown = capsys.readouterr().err.partition("error: ")[2]
     assert ended.value.code == 2
     assert len(shown.strip().splitlines()) == 2 and "Traceback" not in shown
     return shown
