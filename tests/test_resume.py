@@ -45,7 +45,7 @@ train_dpo.plot_losses = lambda history, which, path: die() if (which, moment) ==
 sys.argv[0] = "train_dpo.py"
 config.run_script(lambda: train_dpo.main(sys.argv[5:]))
 """
-STEPS = ["--max_steps", "6", "--save_steps", "2", "--logging_steps", "1"]
+STEPS = ["--max_steps", "6", "--save_steps", "2", "--logging_steps", "1", "--eval_steps", "3"]
 
 
 def drive(stage: str, moment: str, step: int, dtype: str, flags: list[str]) -> subprocess.CompletedProcess:
