@@ -41,6 +41,17 @@ def pairs_file(tmp_path: Path, pairs: list[Pair]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Enough for a tiny model, and not slowed down by what else the machine does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of 2 layers, and a byte-level tokenizer trained on made-up rows."""

@@ -17,6 +17,8 @@ import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings, UserError, parse_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Runs train_dpo.py and kills its own process, as `kill -9` does, at one moment: in the named stage when the given
 # step has been done, in the middle of writing that step's checkpoint, or in the middle of the final save.
 DRIVER = """
@@ -24,6 +26,7 @@ import os, signal, sys
 import config, train_dpo
 stage, moment, step, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 import torch
+torch.set_num_threads(1)
 if dtype == "float32":
     config.training_dtype = lambda: torch.float32
 def die(*_, **__):
