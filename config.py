@@ -839,7 +839,7 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "trl", "peft", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*(use_reentrant|pin_memory|device_map|torch_dtype|find a config file|low precision param).*")
+    warnings.filterwarnings("ignore", message=".*(use_reentrant|pin_memory|device_map|torch_dtype|find a config file|fetch remote file|low precision param).*")
 
 
 # ------------------------------------------------------------------------------------------ facts about a run

@@ -200,7 +200,7 @@ NOT_TRAINED = {
     *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
     *("gradient_checkpointing", "eval_steps", "save_steps", "logging_steps", "report_to"),
 }
-OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
+OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
 
 
 def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
@@ -372,6 +372,7 @@ def build_trainer(
         adapter["peft_config"] = config.lora_config(settings)
     else:
         model = PeftModel.from_pretrained(model, initial_adapter, is_trainable=True)
+        model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)  # else looked for on the hub
     if stage == "sft":
         rows, validation_rows = (
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, validation_rows)
