@@ -205,7 +205,7 @@ class TrainingSettings(Settings):
     epochs: float = _setting(3.0, "passes over the training pairs in DPO")
     learning_rate: float = _setting(5e-5, "peak learning rate of DPO")
     beta: float = _setting(0.1, "strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)")
-    trainer: Literal["shared", "stock"] = _setting("shared", "shared computes a pair's prompt once; stock is TRL's, four times")
+    trainer: Literal["auto", "shared", "stock"] = _setting("auto", "shared: a pair's prompt once; stock: TRL's, four times")
     loss_type: LossType = _setting("sigmoid", "TRL's preference losses; sigmoid is DPO")
     # optimisation
     effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
