@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
+    ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
+    ("unsloth", "shared", 16, True),
+    ("unsloth", "shared", 32, True),
     ("unsloth", "stock", 8, True),
     ("unsloth", "stock", 8, "offloaded"),
     ("hf", "shared", 8, True),
@@ -89,6 +92,44 @@ def matrix_rate(seconds: float = 2.0) -> float:
             products += 1
         synchronize()
     return products * 2 * size**3 / (time.monotonic() - began)
+
+
+KERNELS = {  # part of the work: what its kernels are named; the first that fits
+    "dequantising": "dequantize",
+    "attention": "flex|attention|fmha|flash",
+    "matrix products": "gemm|nvjet|cutlass|sm90|gemv|splitk",
+    "optimiser": "adam|optim|foreach|multi_tensor",
+    "norm, rotary, activation (Unsloth)": "rms|rope|swiglu|_fg_kernel|DWf_DW",
+    "copies": "copy|memcpy|memset|cat",
+    "elementwise and reductions": "",
+}
+
+
+def profile(trainer: object, path: Path) -> None:
+    """Write how one micro-batch's forward and backward pass spends its time: seconds by kind of kernel, and idle."""
+    import re
+
+    import torch
+
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        synchronize()
+        began = time.monotonic()
+        trainer.accelerator.backward(trainer.compute_loss(trainer.model, batch))
+        synchronize()
+        seconds = time.monotonic() - began
+    trainer.model.zero_grad()
+    parts = dict.fromkeys(KERNELS, 0.0)
+    top = {}
+    for event in found.key_averages():
+        busy = event.self_device_time_total / 1e6
+        part = next(part for part, pattern in KERNELS.items() if re.search(pattern, event.key, re.IGNORECASE))
+        parts[part] += busy
+        top[event.key[:120]] = round(busy, 5)
+    record = {"seconds": round(seconds, 4), "idle": round(seconds - sum(parts.values()), 4)}
+    record |= {part: round(busy, 4) for part, busy in parts.items()}
+    record["top"] = dict(sorted(top.items(), key=lambda item: -item[1])[:25])
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run_case(case: dict) -> dict:
@@ -159,6 +200,9 @@ def run_case(case: dict) -> dict:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     pairs_per_second = timed * case["effective_batch"] / (clock[warm_up + timed] - clock[warm_up])
+    peak = train_dpo.peak_memory()
+    if case.get("profile"):
+        profile(trainer, Path(case["profile"]))
     weights = config.parameter_count(case["model"])
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
@@ -175,7 +219,7 @@ def run_case(case: dict) -> dict:
         "pairs_per_second": round(pairs_per_second, 2),
         "tokens_per_second": round(pairs_per_second * tokens / len(rows)),
         "share_of_matrix_rate": round(pairs_per_second * flop / rate, 4),
-        "peak_memory_gb": round(train_dpo.peak_memory(), 2),
+        "peak_memory_gb": round(peak, 2),
         "reference_seconds_per_pair": round(reference_seconds[0] / len(rows), 5),
         "share_of_floor": round(pairs_per_second * 4 * 248 * weights / rate, 4),
         "memory_cap_gb": case["memory_gb"],
@@ -196,6 +240,7 @@ def main() -> None:
     parser.add_argument("--cases", help="JSON list of [backend, trainer, micro-batch, checkpointing]")
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -215,8 +260,9 @@ def main() -> None:
         case = {
             **{"backend": backend, "trainer": trainer, "micro_batch": micro_batch, "checkpointing": checkpointing},
             **{"preset": "thesis", "model": str(model)},
-            **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": options.effective_batch},
+            **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch)},
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
+            "profile": options.profile if not records else None,
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)

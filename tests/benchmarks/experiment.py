@@ -1,0 +1,234 @@
+"""The study that this project exists for: a search, the comparison with several seeds, and the ablations.
+
+    python tests/benchmarks/experiment.py search    --pairs data/contrastive_rec_train.jsonl --work outputs/study
+    python tests/benchmarks/experiment.py main      --pairs ... --work ...     # with what the search found
+    python tests/benchmarks/experiment.py ablations --pairs ... --work ... --small_pairs RANDOM MATCHED
+    python tests/benchmarks/experiment.py collect   --work ...                 # into docs/results
+
+The search sees the training users alone: their pairs are a file of their own, split again by the same hash. Every
+run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again.
+Several runs share a GPU (--slots), since a small model leaves most of it idle.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
+
+SEEDS = (3407, 3408, 3409, 3410, 3411)
+RATES = {"sft": ("5e-4", "1e-3", "2e-3"), "dpo_base": ("1e-4", "2e-4", "5e-4"), "dpo": ("1e-4", "2e-4", "5e-4")}
+EPOCHS = (1, 3)
+ARMS = ("sft", "sft_long", "dpo_base", "dpo")
+
+
+@dataclass
+class Run:
+    """One adapter: its name, what train_dpo.py is told, the run whose SFT adapter DPO starts from, and its pairs."""
+
+    name: str
+    stage: str
+    flags: str
+    after: str | None = None
+    pairs: str | None = None
+
+
+class Study:
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.work = Path(options.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.slots: queue.Queue[str] = queue.Queue()
+        for slot in range(options.slots):
+            self.slots.put(options.gpus[slot % len(options.gpus)])
+
+    def adapter(self, name: str) -> Path:
+        """The folder of a run's adapter; a run trains one stage, so it has one."""
+        found = list((self.work / name).glob("*_final"))
+        return found[0] if found else self.work / name / "none"
+
+    def command(self, script: str, flags: str, log: str) -> bool:
+        """Run one script in a free slot; True if it ended well."""
+        line = [sys.executable, str(ROOT / script), *shlex.split(flags)]
+        output = self.work / f"{log}.log"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        gpu = self.slots.get()
+        began, code = time.monotonic(), 0
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        try:
+            with open(self.work / "commands.sh", "a") as commands, open(output, "w") as to:
+                commands.write(f"python {script} {flags}\n")
+                if not self.options.dry_run:
+                    code = subprocess.run(line, stdout=to, stderr=to, env=environment, cwd=ROOT).returncode
+        finally:
+            self.slots.put(gpu)
+        print(f"{time.strftime('%H:%M:%S')} {log}: exit code {code}, {time.monotonic() - began:.0f} s", flush=True)
+        return code == 0
+
+    def train(self, runs: list[Run]) -> None:
+        def one(run: Run) -> None:
+            if self.adapter(run.name).is_dir():
+                return
+            while run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
+                time.sleep(2)  # another part of the study, under way beside this one, makes it
+            flags = f"{self.options.model} {self.options.training} --pairs {run.pairs or self.options.pairs} --outputs {self.work / run.name}"
+            start = f" --init sft --sft_adapter {self.adapter(run.after)}" if run.after else " --init base" if run.stage == "dpo" else ""
+            self.command("train_dpo.py", f"{flags} --stage {run.stage}{start} {run.flags}", run.name)
+
+        self.side_by_side(one, runs)
+
+    def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None) -> bool:
+        """Score arms, {arm: run}, into WORK/name/evaluation; those whose training failed are left out."""
+        if (self.work / name / "evaluation" / "run.json").exists():
+            return True
+        there = {arm: self.adapter(run) for arm, run in arms.items() if self.adapter(run).is_dir() or self.options.dry_run}
+        adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
+        where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
+        return self.command("evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name)
+
+    def side_by_side(self, function, jobs) -> None:
+        with ThreadPoolExecutor(len(jobs) or 1) as pool:
+            list(pool.map(function, jobs))
+
+    # ------------------------------------------------------------------------------------------------ search
+
+    def search(self) -> None:
+        """Learning rate and epochs of SFT and of DPO, by ranking accuracy on training users held back for it."""
+        pairs = str(self.work / "search.jsonl")
+        write_pairs(pairs, split_pairs(load_pairs(self.options.pairs), 0.2)[0])
+        chosen: dict[str, dict] = {}
+        for arms in (("sft", "dpo_base"), ("dpo",)):
+            runs = []
+            for arm in arms:
+                stage = arm.partition("_")[0]
+                for rate in RATES[arm]:
+                    for epochs in EPOCHS:
+                        after = chosen["sft"]["run"] if arm == "dpo" else None
+                        runs.append(Run(f"search/{arm}_{rate}_{epochs}", stage, self.schedule(stage, rate, epochs), after, pairs))
+            self.train(runs)
+            groups = [runs[start : start + 3] for start in range(0, len(runs), 3)]
+            self.side_by_side(
+                lambda job: self.evaluate(f"search/eval_{job[0]}_{arms[0]}", {r.name[7:]: r.name for r in job[1]}, "--strangers false", pairs),
+                list(enumerate(groups)),
+            )
+            for arm in arms:
+                chosen[arm] = self.best(arm)
+                print(arm, chosen[arm], flush=True)
+        config.write_json(self.work / "search.json", chosen)
+
+    def schedule(self, stage: str, rate: str, epochs: float) -> str:
+        prefix = "sft_" if stage == "sft" else ""
+        return f"--{prefix}learning_rate {rate} --{prefix}epochs {epochs}"
+
+    def best(self, arm: str) -> dict:
+        found = []
+        for path in self.work.glob("search/eval_*/evaluation/metrics.json"):
+            for name, measures in json.loads(path.read_text())["arms"].items():
+                kind, _, rest = name.rpartition("_")[0].rpartition("_")
+                if kind == arm:
+                    values = {key: measures[key]["value"] for key in ("ranking_accuracy", "order_free_accuracy", "response_accuracy")}
+                    found.append({"run": f"search/{name}", "rate": rest, "epochs": int(name.rpartition("_")[2]), **values})
+        if self.options.dry_run:
+            found = [{"run": f"search/{arm}_{RATES[arm][1]}_1", "rate": RATES[arm][1], "epochs": 1, "ranking_accuracy": 0}]
+        found.sort(key=lambda trial: -trial["ranking_accuracy"])
+        return found[0] | {"trials": found}
+
+    # ------------------------------------------------------------------------------------------ main comparison
+
+    def main(self) -> None:
+        chosen = json.loads((self.work / "search.json").read_text())
+        seen = chosen["sft"]["epochs"] + chosen["dpo"]["epochs"]
+        plan = {
+            "sft": self.schedule("sft", chosen["sft"]["rate"], chosen["sft"]["epochs"]),
+            "sft_long": self.schedule("sft", chosen["sft"]["rate"], seen),
+            "dpo_base": self.schedule("dpo", chosen["dpo_base"]["rate"], chosen["dpo_base"]["epochs"]),
+            "dpo": self.schedule("dpo", chosen["dpo"]["rate"], chosen["dpo"]["epochs"]),
+        }
+
+        def one_seed(seed: int) -> None:
+            first = [Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}") for arm in ARMS[:3]]
+            self.train(first[:1])  # DPO waits for it
+            last = Run(f"main/dpo_{seed}", "dpo", f"{plan['dpo']} --seed {seed}", f"main/sft_{seed}")
+            self.train([last, *first[1:]])
+            generate = "--strangers true" + (" --second_bits 16 --generate_users 100" if seed == SEEDS[0] else "")
+            self.evaluate(f"main/eval_{seed}", {arm: f"main/{arm}_{seed}" for arm in ARMS}, generate)
+
+        self.side_by_side(one_seed, SEEDS[: self.options.seeds])
+
+    # ---------------------------------------------------------------------------------------------- ablations
+
+    def ablations(self) -> None:
+        """Each changes one thing of the main comparison's first seed; SFT and DPO both where it concerns both."""
+        chosen = json.loads((self.work / "search.json").read_text())
+        sft, dpo = (self.schedule(stage, chosen[stage]["rate"], chosen[stage]["epochs"]) for stage in ("sft", "dpo"))
+        main_sft = f"main/sft_{SEEDS[0]}"
+
+        def both(name: str, flags: str, pairs: str | None = None) -> tuple[str, list[Run], str | None]:
+            return name, [Run(f"ablations/sft_{name}", "sft", f"{sft} {flags}", None, pairs),
+                          Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", f"ablations/sft_{name}", pairs)], pairs  # fmt: skip
+
+        def dpo_only(name: str, flags: str) -> tuple[str, list[Run], None]:
+            return name, [Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", main_sft)], None
+
+        steps = {stage: round(4768 / 64) * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
+        few = {  # as many steps as with all pairs, but each pair at most 20 times
+            count: " ".join(f"--{prefix}epochs {min(20, steps[stage] * 64 / count):g}" for stage, prefix in (("sft", "sft_"), ("dpo", "")))
+            for count in (128, 1024)
+        }
+        jobs = [
+            both("original_order", "--option_order original"),
+            *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
+            *(both(f"{count}_pairs", f"--max_pairs {count} {few[count]}") for count in few),
+            *(both(f"{bits}bit", f"--bits {bits}") for bits in (16, 8)),
+            *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
+            *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
+            *(dpo_only(f"rate_x{factor}", f"--learning_rate {float(chosen['dpo']['rate']) * factor:.2g}") for factor in (0.32, 3.2)),
+            *(both(f"negatives_{kind}", "--validation_pairs 0", pairs) for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)),
+        ]
+
+        def one(job: tuple[str, list[Run], str | None]) -> None:
+            name, runs, pairs = job
+            for run in runs:
+                self.train([run])
+            bits = name.removesuffix("bit") if name.endswith("bit") else "4"
+            arms = {f"{run.stage}_{name}": run.name for run in runs}
+            self.evaluate(f"ablations/eval_{name}", arms, f"--strangers {'true' if pairs else 'false'} --bits {bits}", pairs)
+
+        self.side_by_side(one, jobs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["search", "main", "ablations"])
+    parser.add_argument("--pairs", default="data/contrastive_rec_train.jsonl")
+    parser.add_argument("--small_pairs", nargs=2, default=(), metavar=("RANDOM", "MATCHED"), help="MovieLens-100K's with both negatives")
+    parser.add_argument("--work", default="outputs/study")
+    parser.add_argument("--model", default=f"--preset thesis --base_model {config.SMALL_MODEL}", help="flags of every script")
+    parser.add_argument(
+        "--training",
+        default="--backend hf --trainer shared --effective_batch 64 --batch_size 32 --gradient_checkpointing false "
+        "--warmup_steps 10 --eval_steps 25 --save_steps 100000 --logging_steps 1",
+        help="flags of every training",
+    )
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--slots", type=int, default=6, help="runs at a time")
+    parser.add_argument("--gpus", nargs="+", default=["0"])
+    parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
+    options = parser.parse_args()
+    getattr(Study(options), options.part)()
+
+
+if __name__ == "__main__":
+    main()
