@@ -424,7 +424,7 @@ def shared_prompt_trainer(backend: str) -> type:
             self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
             self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
             stock = self.data_collator
-            self.data_collator = lambda examples: stock(examples) | tree_batch(examples)
+            self.data_collator = lambda examples: tree_batch(examples, stock(examples), in_one_row=backend == "unsloth")
 
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
@@ -432,11 +432,11 @@ def shared_prompt_trainer(backend: str) -> type:
             causal = model.base_model.model if hasattr(model, "peft_config") else model
             with self.accelerator.autocast():
                 hidden = (flat_hidden_states if backend == "unsloth" else tree_hidden_states)(causal.base_model, model_kwargs)
-                mask = completion_mask[:, 1:].bool()
-                pair = torch.arange(len(input_ids), device=hidden.device) % len(hidden)
-                before = hidden[pair[:, None].expand_as(mask)[mask], model_kwargs["tree_nodes"][:, :-1][mask]]
+                before = hidden.flatten(0, 1)[model_kwargs["tree_before"]]
                 head = causal.get_output_embeddings()
-                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, input_ids[:, 1:][mask], 1.0, HEAD_CHUNK)
+                targets = model_kwargs["tree_targets"]
+                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, HEAD_CHUNK)
+            mask = completion_mask[:, 1:].bool()
             log_probs, entropies = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
             return log_probs, entropies, None
 
@@ -447,23 +447,37 @@ HEAD_CHUNK = 16_384  # words of the vocabulary whose logits are made at once
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
 
 
-def tree_batch(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each pair as a tree of tokens: `tree_tokens`, `tree_positions` and `tree_ends` (pairs, nodes); `tree_nodes`
-    (2 pairs, tokens), the node of each token of the rows that TRL collates; `tree_parts` (pairs, 3), the nodes of
-    what both texts share and of each branch.
+def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one_row: bool) -> dict[str, Any]:
+    """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
+
+    Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row
+    without padding, (1, all nodes), with `tree_parts`, for each pair how many nodes both texts share and how many
+    each branch has; `tree_before` and `tree_targets` (response tokens,), the node before each response token, counted
+    over the whole batch, and the token itself, in the order of TRL's mask.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    texts = [[example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")] for example in examples]
-    trees = [token_tree(both) for both in texts]
-    batch = {f"tree_{name}": torch.from_numpy(values) for name, values in pad_trees(trees, NODES_MULTIPLE).items()}
-    paths = [torch.from_numpy(tree.paths[response]) for response in (0, 1) for tree in trees]
-    parts = []
-    for tree in trees:
-        shared = int(np.argmin(tree.ends == len(tree.tokens)))  # the first node that not all others descend from
-        parts.append([shared, int(tree.ends[shared]) - shared, len(tree.tokens) - int(tree.ends[shared])])
-    return batch | {"tree_nodes": pad_sequence(paths, batch_first=True), "tree_parts": torch.tensor(parts)}
+    trees = [token_tree([example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")]) for example in examples]
+    sizes = [len(tree.tokens) for tree in trees]
+    if in_one_row:
+        starts = np.cumsum([0, *sizes[:-1]])
+        rows = {f"tree_{name}": np.concatenate([getattr(tree, name) for tree in trees])[None] for name in ("tokens", "positions")}
+    else:
+        rows = {f"tree_{name}": values for name, values in pad_trees(trees, NODES_MULTIPLE).items()}
+        starts = np.arange(len(trees)) * rows["tree_tokens"].shape[1]
+    nodes = [torch.from_numpy(tree.paths[response] + start) for response in (0, 1) for tree, start in zip(trees, starts, strict=True)]
+    mask = batch["completion_mask"][:, 1:].bool()
+    batch |= {name: torch.from_numpy(values) for name, values in rows.items()}
+    batch["tree_before"] = pad_sequence(nodes, batch_first=True)[:, :-1][mask]
+    batch["tree_targets"] = batch["input_ids"][:, 1:][mask]
+    if in_one_row:
+        shared = [int(np.argmin(tree.ends == len(tree.tokens))) for tree in trees]  # the first node that not all descend from
+        batch["tree_parts"] = [
+            [first, int(tree.ends[first]) - first, size - int(tree.ends[first])]
+            for tree, first, size in zip(trees, shared, sizes, strict=True)
+        ]
+    return batch
 
 
 def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
@@ -477,20 +491,17 @@ def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
-    """The same through Unsloth, which runs all pairs as one row without padding by its kernel for shared prefixes."""
+    """The same in one row, (1, all nodes, width), through Unsloth's kernel for texts that share a beginning."""
     import torch
     from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
 
-    tokens, parts = batch["tree_tokens"], batch["tree_parts"]
-    real = torch.arange(tokens.shape[1], device=tokens.device) < parts.sum(dim=1)[:, None]
-    segments, _ = build_seg_info_multigroup([(shared, branches) for shared, *branches in parts.tolist()], torch.device("cpu"))
-    flat = model(
-        input_ids=tokens[real][None],
-        position_ids=batch["tree_positions"][real][None],
+    segments, _ = build_seg_info_multigroup([(shared, branches) for shared, *branches in batch["tree_parts"]], torch.device("cpu"))
+    return model(
+        input_ids=batch["tree_tokens"],
+        position_ids=batch["tree_positions"],
         prefix_seg_info=segments,
         use_cache=False,
-    ).last_hidden_state[0]
-    return flat.new_zeros(*real.shape, flat.shape[-1]).masked_scatter(real[..., None], flat)
+    ).last_hidden_state
 
 
 def remember_reference(trainer: Any, settings: TrainingSettings, initial_adapter: Path | None) -> None:

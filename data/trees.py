@@ -35,29 +35,26 @@ class Tree:
 
 def token_tree(texts: Sequence[Sequence[int]]) -> Tree:
     """The tree of some texts' tokens; texts[i] runs along paths[i]."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    parents: list[int] = []
-    ends: list[int] = []
+    parts: list[tuple[np.ndarray, ...]] = []  # tokens, positions and parents that each text adds
     paths: dict[int, np.ndarray] = {}
-    before: list[int] = []  # the path of the text before this one
-    last: Sequence[int] = ()
+    count = 0
+    before = last = np.empty(0, dtype=np.int64)  # path and tokens of the text before this one
     for index in sorted(range(len(texts)), key=lambda index: list(texts[index])):  # sorted, so that branches stay together
-        text = texts[index]
-        shared = next((depth for depth, (a, b) in enumerate(zip(text, last, strict=False)) if a != b), min(len(text), len(last)))
-        path = before[:shared]
-        for depth in range(shared, len(text)):
-            parents.append(path[-1] if path else -1)
-            path.append(len(tokens))
-            tokens.append(text[depth])
-            positions.append(depth)
-            ends.append(0)
-        for node in path:
-            ends[node] = len(tokens)
-        paths[index] = np.array(path)
-        before, last = path, text
-    arrays = (np.array(values, dtype=np.int64) for values in (tokens, positions, parents, ends))
-    return Tree(*arrays, [paths[index] for index in range(len(texts))])
+        text = np.asarray(texts[index], dtype=np.int64)
+        length = min(len(text), len(last))
+        differing = np.flatnonzero(text[:length] != last[:length])
+        shared = int(differing[0]) if len(differing) else length
+        added = np.arange(count, count + len(text) - shared)
+        path = np.concatenate([before[:shared], added])
+        parts.append((text[shared:], np.arange(shared, len(text)), np.concatenate([[-1], path])[shared:-1]))
+        count += len(added)
+        paths[index] = before = path
+        last = text
+    tokens, positions, parents = (np.concatenate(values) for values in zip(*parts, strict=True))
+    ends = np.zeros(count, dtype=np.int64)
+    for path in paths.values():  # in the order of the tree
+        ends[path] = path[-1] + 1
+    return Tree(tokens, positions, parents, ends, [paths[index] for index in range(len(texts))])
 
 
 def pad_trees(trees: Sequence[Tree], multiple: int = 1) -> dict[str, np.ndarray]:

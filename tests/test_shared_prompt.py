@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import config
 import train_dpo
@@ -96,10 +97,17 @@ def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
     assert mask[1, 5].nonzero()[0].tolist() == [5], "padding sees itself"
 
 
-def test_the_parts_of_a_pair_are_its_shared_beginning_and_two_branches():
-    example = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 9, 9, 9], "rejected_ids": [4, 8, 2]}
-    batch = train_dpo.tree_batch([example])
-    assert batch["tree_parts"].tolist() == [[4, 2, 3]], "branches by their tokens' order"
-    tokens = batch["tree_tokens"][0]
-    assert tokens[batch["tree_nodes"][0]].tolist() == [1, 2, 3, 4, 9, 9, 9]
-    assert tokens[batch["tree_nodes"][1][:6]].tolist() == [1, 2, 3, 4, 8, 2]
+@pytest.mark.parametrize("in_one_row", [False, True])
+def test_each_response_token_is_predicted_at_the_node_before_it(in_one_row):
+    examples = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 9, 9, 9], "rejected_ids": [4, 8, 2]},
+        {"prompt_ids": [1, 7], "chosen_ids": [5, 6], "rejected_ids": [6]},
+    ]
+    stock = DataCollatorForPreference(pad_token_id=0)(examples)
+    batch = train_dpo.tree_batch(examples, dict(stock), in_one_row)
+    tokens = batch["tree_tokens"].flatten()
+    assert batch["tree_targets"].tolist() == [4, 9, 9, 9, 5, 6, 4, 8, 2, 6]
+    assert tokens[batch["tree_before"]].tolist() == [3, 4, 9, 9, 7, 5, 3, 4, 8, 7]
+    if in_one_row:
+        assert batch["tree_parts"] == [[4, 2, 3], [2, 2, 1]], "branches by their tokens' order"
+        assert batch["tree_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 3, 2]]

@@ -116,7 +116,8 @@ class Study:
                 for rate in RATES[arm]:
                     for epochs in EPOCHS:
                         after = chosen["sft"]["run"] if arm == "dpo" else None
-                        runs.append(Run(f"search/{arm}_{rate}_{epochs}", stage, self.schedule(stage, rate, epochs), after, pairs))
+                        flags = f"{self.schedule(stage, rate, epochs)} --validation_pairs 0"
+                        runs.append(Run(f"search/{arm}_{rate}_{epochs}", stage, flags, after, pairs))
             self.train(runs)
             groups = [runs[start : start + 3] for start in range(0, len(runs), 3)]
             self.side_by_side(
