@@ -217,7 +217,7 @@ class TrainingSettings(Settings):
     weight_decay: float = _setting(0.01, "decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     gpu_memory_gb: float | None = _setting(None, "use at most this much of each GPU; the default is all of it")
-    gradient_checkpointing: bool = _setting(True, "recompute activations: less memory, more time")
+    gradient_checkpointing: bool | None = _setting(None, "recompute activations: less memory, more time; the default is where memory asks for it")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
     save_steps: int = _setting(100, "steps between checkpoints")
@@ -276,7 +276,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "warmup_steps": 2,
         "optim": "adamw_torch",  # the 8-bit one needs a GPU
-        "gradient_checkpointing": False,
         "eval_steps": 6,
         "save_steps": 50,
         "logging_steps": 1,
@@ -712,27 +711,37 @@ def parameter_count(base_model: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def fitting_batch_size(settings: TrainingSettings, share: int, shared_prompt: bool) -> int:
-    """The largest micro-batch of pairs that should fit the GPU's free memory and divides a GPU's share of a step.
+def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, shared_prompt: bool) -> tuple[int, bool]:
+    """(micro-batch, gradient checkpointing) that should fit the GPU's free memory and be fast.
 
-    A pair is two rows of `max_length` tokens at most, or about one where they share their prompt. With checkpointing
-    a layer keeps its input, without it all that the backward pass reads; the logits come on top, but where they are
-    made in chunks. An estimate: where it is too high, the stage starts again with less. Without CUDA, what was
-    fastest: 8 with a shared prompt, else 2.
+    The micro-batch divides `share`, a GPU's part of a step. With checkpointing a layer keeps its input, without it
+    what the backward pass reads; logits come on top, but where they are made in chunks. Without checkpointing, which
+    is faster, only where 8 rows or the whole share fit. An estimate: where it is too high, the stage starts again
+    with less. Without CUDA, what was fastest: 8 with a shared prompt, else 2.
+
+    Args:
+        row_tokens: of the longest row, all that is computed for it.
     """
     import torch
     from transformers import AutoConfig
 
     divisors = [size for size in range(1, share + 1) if share % size == 0]
+    wanted = settings.gradient_checkpointing
     if not torch.cuda.is_available():
-        return max(size for size in divisors if size <= (8 if shared_prompt else 2))
+        return settings.batch_size or max(size for size in divisors if size <= (8 if shared_prompt else 2)), bool(wanted)
     shape = AutoConfig.from_pretrained(model_path(settings.base_model), trust_remote_code=False)
-    free = 0.8 * min(torch.cuda.mem_get_info()[0], torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1])
-    weights = parameter_count(settings.base_model) * settings.bits / 8 * 1.1
-    kept = shape.hidden_size if settings.gradient_checkpointing else 10 * shape.hidden_size + 5 * shape.intermediate_size
-    per_token = 2 * kept * shape.num_hidden_layers + (0 if shared_prompt else 12 * shape.vocab_size)
-    fits = (free - weights) / ((1 if shared_prompt else 2) * settings.max_length * per_token)
-    return max((size for size in divisors if size <= fits), default=1)
+    free = 0.85 * min(torch.cuda.mem_get_info()[0], torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1])
+    words = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)  # not quantised
+    weights = 2 * words + 1.1 * (parameter_count(settings.base_model) - words) * settings.bits / 8
+    fits = {}
+    for checkpointing in (False, True):
+        kept = shape.hidden_size if checkpointing else 10 * shape.hidden_size + 3 * shape.intermediate_size
+        per_token = 2 * kept * shape.num_hidden_layers + (0 if shared_prompt else 12 * shape.vocab_size)
+        rows = (free - weights) / (row_tokens * per_token)
+        fits[checkpointing] = max((size for size in divisors if size <= rows), default=1)
+    if wanted is None:
+        wanted = fits[False] < (settings.batch_size or min(8, share))
+    return settings.batch_size or fits[wanted], wanted
 
 
 def model_path(base_model: str) -> str:

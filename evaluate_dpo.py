@@ -251,6 +251,8 @@ def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
 def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """(adapters by arm and seed, mismatches that were allowed); each adapter is there.
 
+    The arms sft and dpo are where training writes them unless they are given; beside other arms alone they may lack.
+
     Raises:
         UserError: an adapter is missing or, unless mismatches are allowed, does not fit the base model or the split.
     """
@@ -260,7 +262,10 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
         if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
             raise UserError(f"--adapters {text}", "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone.")
         given[name] = [Path(path) for path in paths.split(",")]
-    arms = {stage: given.pop(stage, [config.adapter_folder(settings, stage)]) for stage in ("sft", "dpo")} | given
+    usual = {stage: [config.adapter_folder(settings, stage)] for stage in ("sft", "dpo")}
+    if given and not usual.keys() & given.keys():
+        usual = {stage: folders for stage, folders in usual.items() if folders[0].is_dir()}
+    arms = usual | given
     adapters: dict[str, dict[str, Path]] = {}
     mismatches = []
     for arm, folders in arms.items():
@@ -979,7 +984,7 @@ def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Any:
         style = {"marker": "os^Dv"[number % 5], "linestyle": ["-", "--", ":", "-."][number % 4], "markersize": 3.5, "linewidth": 1}
         axis.errorbar(bins["p"], bins["right"], yerr=error, label=arm, capsize=2, **style)
     axis.set(xlabel="p(Option A)", ylabel="share of times that Option A is right", xlim=(0, 1), ylim=(0, 1))
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 

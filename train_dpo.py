@@ -105,7 +105,7 @@ def train_stage(
         prepare_checkpoints(checkpoints, run_identity(stage, settings, split, initial_adapter), settings.restart)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a final save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        trainer, batch_size, resumed_from = train_within_memory(stage, settings, rows, validation_rows, initial_adapter)
+        trainer, fitted = train_within_memory(stage, settings, rows, validation_rows, initial_adapter)
         history, steps = trainer.state.log_history, trainer.state.global_step
         if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == steps for entry in history):
             trainer.evaluate()
@@ -119,14 +119,13 @@ def train_stage(
             "data": split,
             "rows": len(rows),
             "steps": steps,
-            "resumed_from_step": resumed_from,  # seconds and memory are those since then
+            **fitted,  # after a resumption, seconds and memory are those since then
             "rows_seen": steps * settings.effective_batch,
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "train_seconds": round(seconds, 1),
             "rows_per_second": round(settings.effective_batch / step_seconds, 3) if step_seconds else None,
             "wall_seconds": round(time.monotonic() - began, 1),
-            "batch_size": batch_size,
             "processes": config.process_count(),
             "peak_memory_gb": round(peak_memory(), 2),
             "backend": config.backend_of(settings),
@@ -153,9 +152,9 @@ def train_within_memory(
     rows: list[dict[str, str]],
     validation_rows: list[dict[str, str]],
     initial_adapter: Path | None,
-) -> tuple[Any, int, int | None]:
-    """(trained trainer, micro-batch, step that it went on from): out of memory, the stage starts again with half the
-    micro-batch, or goes on from its last checkpoint.
+) -> tuple[Any, dict[str, Any]]:
+    """(trained trainer, what run.json says of how it fitted): out of memory, the stage starts again with gradient
+    checkpointing, then with half the micro-batch, or goes on from its last checkpoint.
 
     The effective batch stays as it is, and so do the seed and the starting weights, so that what is trained does
     not depend on how often memory ran out.
@@ -168,8 +167,10 @@ def train_within_memory(
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
     share = settings.effective_batch // config.process_count()
     shared_prompt = stage == "dpo" and shares_prompt(settings)
-    batch_size = settings.batch_size or config.fitting_batch_size(settings, share, shared_prompt)
+    batch_size, checkpointing = config.fitting_batch_size(settings, share, row_tokens(stage, settings, rows), shared_prompt)
+    may_checkpoint = settings.gradient_checkpointing is None and config.cuda_present()
     while True:
+        settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing)
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
@@ -177,18 +178,34 @@ def train_within_memory(
                 trainer.accelerator.wait_for_everyone()  # the first process may have thrown checkpoints away
                 checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
-            return trainer, batch_size, checkpoint and checkpoint_step(checkpoint)
+            found = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
+            return trainer, found | {"resumed_from_step": checkpoint and checkpoint_step(checkpoint)}
         except torch.OutOfMemoryError:
             trainer = None  # goes on below, where the error no longer holds on to the tensors
-        if batch_size == 1 or config.process_count() > 1:
+        if config.process_count() > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
             raise UserError(
                 f"{stage}: out of memory with a micro-batch of {batch_size}",
                 "Lower --batch_size, --max_length or --lora_rank, or give --gradient_checkpointing true.",
             )
         free_memory()
+        if may_checkpoint and not checkpointing:
+            checkpointing = True
+            print(f"{stage}: out of memory; starting again with gradient checkpointing", flush=True)
+            continue
         batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
         accumulation = share // batch_size
         print(f"{stage}: out of memory; starting again with micro-batches of {batch_size}, {accumulation} to a step", flush=True)
+
+
+def row_tokens(stage: str, settings: TrainingSettings, rows: list[dict[str, str]]) -> int:
+    """How many tokens are computed for the longest row: prompt and response, both responses in DPO, whose stock
+    trainer computes the prompt with each.
+    """
+    tokenizer = config.load_tokenizer(settings)
+    prompts, chosen, rejected = (tokenizer([row[part] for row in rows])["input_ids"] for part in ("prompt", "chosen", "rejected"))
+    times = 1 if stage == "sft" or shares_prompt(settings) else 2
+    responses = zip(prompts, chosen, rejected if stage == "dpo" else [[]] * len(rows), strict=True)
+    return max(times * len(prompt) + len(one) + len(other) for prompt, one, other in responses)
 
 
 # ---------------------------------------------------------------------------------- unfinished runs, and going on
@@ -428,7 +445,8 @@ def shared_prompt_trainer(backend: str) -> type:
 
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
-            model = self.accelerator.unwrap_model(model)
+            if not hasattr(model, "peft_config"):  # unwrapping looks at every module: 16 ms for an 8B model
+                model = self.accelerator.unwrap_model(model)
             causal = model.base_model.model if hasattr(model, "peft_config") else model
             with self.accelerator.autocast():
                 hidden = (flat_hidden_states if backend == "unsloth" else tree_hidden_states)(causal.base_model, model_kwargs)
@@ -445,14 +463,15 @@ def shared_prompt_trainer(backend: str) -> type:
 
 HEAD_CHUNK = 16_384  # words of the vocabulary whose logits are made at once
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
+ROW_MULTIPLE = 128  # what Unsloth's kernel pads to; and Triton compiles its kernels for few lengths
 
 
 def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one_row: bool) -> dict[str, Any]:
     """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
 
-    Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row
-    without padding, (1, all nodes), with `tree_parts`, for each pair how many nodes both texts share and how many
-    each branch has; `tree_before` and `tree_targets` (response tokens,), the node before each response token, counted
+    Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row,
+    (1, all nodes), with `tree_parts`, for each pair how many nodes both texts share and how many each branch has, and
+    last for the padding; `tree_before` and `tree_targets` (response tokens,), the node before each response token, counted
     over the whole batch, and the token itself, in the order of TRL's mask.
     """
     import torch
@@ -462,7 +481,11 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one
     sizes = [len(tree.tokens) for tree in trees]
     if in_one_row:
         starts = np.cumsum([0, *sizes[:-1]])
-        rows = {f"tree_{name}": np.concatenate([getattr(tree, name) for tree in trees])[None] for name in ("tokens", "positions")}
+        padding = -sum(sizes) % ROW_MULTIPLE
+        rows = {
+            f"tree_{name}": np.concatenate([*(getattr(tree, name) for tree in trees), np.zeros(padding, dtype=np.int64)])[None]
+            for name in ("tokens", "positions")
+        }
     else:
         rows = {f"tree_{name}": values for name, values in pad_trees(trees, NODES_MULTIPLE).items()}
         starts = np.arange(len(trees)) * rows["tree_tokens"].shape[1]
@@ -477,6 +500,7 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one
             [first, int(tree.ends[first]) - first, size - int(tree.ends[first])]
             for tree, first, size in zip(trees, shared, sizes, strict=True)
         ]
+        batch["tree_parts"] += [[padding]] if padding else []
     return batch
 
 
@@ -593,8 +617,9 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         max_grad_norm=settings.max_grad_norm,
         bf16=config.training_dtype() == torch.bfloat16,
         fp16=False,
+        tf32=config.cuda_present() and config.training_dtype() == torch.bfloat16,  # for what is left in float32: a tenth of the time
         use_cpu=not config.cuda_present(),
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=config.cuda_present(),

@@ -15,7 +15,7 @@ import train_dpo
 from config import EvaluationSettings, UserError
 from benchmarks import simulation
 from conftest import REAL_PAIRS, make_pairs
-from data.pairs import ORDERS, load_pairs, preference_row, split_pairs
+from data.pairs import ORDERS, ids_digest, load_pairs, preference_row, split_pairs
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,21 @@ def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags
     assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
     with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
         config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])
+
+
+def test_other_arms_can_be_evaluated_without_the_usual_two(training_flags, flags, tmp_path):
+    train_dpo.main([*training_flags, "--stage", "sft"])
+    folder = config.adapter_folder(config.parse_settings(EvaluationSettings, flags), "sft")
+    elsewhere = [*flags, "--outputs", str(tmp_path / "elsewhere")]
+
+    def arms(*adapters):
+        settings = config.parse_settings(EvaluationSettings, [*elsewhere, "--adapters", *adapters])
+        return [*evaluate_dpo.find_adapters(settings, ids_digest(config.load_split(settings)[1]))[0]]
+
+    assert arms(f"other={folder}") == ["other"]
+    assert arms(f"sft={folder}", f"dpo={folder}", f"other={folder}") == ["sft", "dpo", "other"]
+    with pytest.raises(UserError, match="no adapter of the arm dpo"):
+        arms(f"sft={folder}", f"other={folder}")
 
 
 def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flags, tmp_path, capsys):

@@ -109,5 +109,5 @@ def test_each_response_token_is_predicted_at_the_node_before_it(in_one_row):
     assert batch["tree_targets"].tolist() == [4, 9, 9, 9, 5, 6, 4, 8, 2, 6]
     assert tokens[batch["tree_before"]].tolist() == [3, 4, 9, 9, 7, 5, 3, 4, 8, 7]
     if in_one_row:
-        assert batch["tree_parts"] == [[4, 2, 3], [2, 2, 1]], "branches by their tokens' order"
-        assert batch["tree_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 3, 2]]
+        assert batch["tree_parts"] == [[4, 2, 3], [2, 2, 1], [114]], "branches by their tokens' order, then padding"
+        assert batch["tree_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 3, 2] + [0] * 114]

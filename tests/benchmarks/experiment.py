@@ -3,7 +3,8 @@
     python tests/benchmarks/experiment.py search    --pairs data/contrastive_rec_train.jsonl --work outputs/study
     python tests/benchmarks/experiment.py main      --pairs ... --work ...     # with what the search found
     python tests/benchmarks/experiment.py ablations --pairs ... --work ... --small_pairs RANDOM MATCHED
-    python tests/benchmarks/experiment.py collect   --work ...                 # into docs/results
+    python tests/benchmarks/experiment.py collect   --work ...                 # into docs/results, and reports
+    python tests/benchmarks/experiment.py report                               # measures and figures from docs/results
 
 The search sees the training users alone: their pairs are a file of their own, split again by the same hash. Every
 run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again.
@@ -15,8 +16,10 @@ import json
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import pandas as pd  # noqa: E402
+
 import config  # noqa: E402
+import evaluate_dpo  # noqa: E402
 from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
 
 SEEDS = (3407, 3408, 3409, 3410, 3411)
@@ -210,9 +216,149 @@ class Study:
         self.side_by_side(one, jobs)
 
 
+# ------------------------------------------------------------------------------------ what comes out, in docs/results
+
+PANELS = {  # title: [(label, study of the ablations; "" is the main comparison's first seed)]
+    "beta": [("0.05", "beta_0.05"), ("0.1", ""), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
+    "learning rate of DPO": [("x 0.32", "rate_x0.32"), ("x 1", ""), ("x 3.2", "rate_x3.2")],
+    "bits, trained and read": [("4", ""), ("8", "8bit"), ("16", "16bit")],
+    "training pairs": [("128", "128_pairs"), ("1,024", "1024_pairs"), ("4,768", "")],
+    "LoRA rank": [("8", "rank_8"), ("16", ""), ("64", "rank_64")],
+    "loss": [("sigmoid", ""), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
+    "option order in training": [("balanced", ""), ("as in the file", "original_order")],
+    "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
+}
+SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
+
+
+def collect(work: Path, results: Path) -> None:
+    """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands."""
+    parts = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))]
+    key = ["arm", "seed", "pair_id", "order", "history"]
+    write_predictions(pd.concat(parts).drop_duplicates(key), results / "predictions.csv.gz")
+    parts = []
+    for path in sorted(work.glob("ablations/eval_*/evaluation/predictions.csv")):
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        parts.append(rows.assign(study=path.parent.parent.name.removeprefix("eval_")))
+    if parts:
+        write_predictions(pd.concat(parts), results / "ablations.csv.gz")
+    (results / "runs").mkdir(exist_ok=True)
+    for path in sorted(work.glob("*/*/*_final/run.json")):
+        run = json.loads(path.read_text())
+        part, name = path.parts[-4:-2]
+        if name.rpartition("_")[2] != str(SEEDS[0]):
+            run.pop("log_history")  # of the other runs, what they cost is enough
+        config.write_json(results / "runs" / f"{part}_{name}.run.json", run)
+    search = json.loads((work / "search.json").read_text())
+    config.write_json(results / "search.json", search)
+    lines = (work / "commands.sh").read_text().replace(f"{work}/", "outputs/study/").splitlines()
+    config.write_text(results / "commands.sh", "\n".join(dict.fromkeys(lines)) + "\n")
+
+
+def write_predictions(rows: pd.DataFrame, path: Path) -> None:
+    rows.to_csv(path, index=False, lineterminator="\n", compression={"method": "gzip", "mtime": 0})
+
+
+def report(results: Path) -> None:
+    """metrics.json, ablations.json and the figures, from the predictions that lie in docs/results."""
+    metrics = published_metrics(results)
+    config.write_json(results / "metrics.json", metrics)
+    predictions = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+    with tempfile.TemporaryDirectory() as work:
+        evaluate_dpo.plot_all(predictions, metrics, Path(work) / "figures")
+        for name in SHOWN:
+            if (Path(work) / "figures" / f"{name}.png").exists():
+                shutil.copy(Path(work) / "figures" / f"{name}.png", results / f"{name}.png")
+    found = ablations_of(results)
+    config.write_json(results / "ablations.json", found)
+    draw_ablations(metrics, found, results / "ablations.png")
+    draw_shortcut(found["usual protocol"], results / "shortcut.png")
+
+
+def published_metrics(results: Path) -> dict:
+    predictions = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+    return evaluate_dpo.compute_metrics(predictions, 10_000, SEEDS[0])
+
+
+def ablations_of(results: Path) -> dict:
+    """Measures of each ablation's arms, and of all arms under the usual protocol: one order, that of the file."""
+    rows = pd.read_csv(results / "ablations.csv.gz", dtype={"seed": str, "preferred_more_popular": str}, keep_default_na=False,
+                       na_values={name: [""] for name in evaluate_dpo.MARGINS})  # fmt: skip
+    found = {}
+    for study, part in rows.groupby("study", sort=False):
+        measured = evaluate_dpo.compute_metrics(part.drop(columns="study"), 10_000, SEEDS[0])
+        found[study] = {"arms": {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or "negatives" in study}}
+    main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+    usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
+    usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
+    usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
+    right = pd.Series(evaluate_dpo.wins(usual["decision_margin"].to_numpy()) * 100, index=usual.index)
+    table = right.groupby([usual["arm"], usual["order"]], sort=False).mean().unstack()
+    found["usual protocol"] = {
+        arm: {"always A is right": round(row["A"], 6), "both orders": round((row["A"] + row["B"]) / 2, 6)} for arm, row in table.iterrows()
+    }
+    return found
+
+
+def draw_ablations(metrics: dict, found: dict, path: Path) -> None:
+    """One panel an ablation: ranking accuracy (filled) and response accuracy (hollow) of SFT and DPO, 95% intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure, axes = plt.subplots(2, 4, figsize=(10, 4.4), sharey=True, layout="constrained")
+        for axis, (title, points) in zip(axes.flat, PANELS.items(), strict=True):
+            points = [(label, study) for label, study in points if not study or study in found]
+            for shift, (stage, style) in enumerate((("sft", "s"), ("dpo", "o"))):
+                for measure, fill, color in (("ranking_accuracy", "full", "black"), ("response_accuracy", "none", "0.5")):
+                    for place, (_, study) in enumerate(points):
+                        arms = found[study]["arms"] if study else metrics["arms"]
+                        values = arms.get(f"{stage}_{study}" if study else stage)
+                        if values is None or values[measure]["value"] is None:
+                            continue
+                        x = place + 0.24 * shift + (0.1 if fill == "none" else 0) - 0.17
+                        value, low, high = (values[measure][name] for name in ("value", "low", "high"))
+                        label = f"{stage.upper()}, {measure.partition('_')[0]}" if place == len(points) - 1 and axis is axes[0, 0] else None
+                        axis.errorbar(x, value, [[value - low], [high - value]], fmt=style, fillstyle=fill, color=color, capsize=2, markersize=4, label=label)
+            axis.axhline(50, color="0.85", linewidth=0.8, zorder=0)
+            axis.set(title=title, xticks=range(len(points)), xticklabels=[label for label, _ in points], xlim=(-0.6, len(points) - 0.4))
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy, %")
+        figure.legend(*unique_handles(figure), loc="outside upper center", ncols=4)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def unique_handles(figure) -> tuple[list, list]:
+    found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
+
+
+def draw_shortcut(found: dict, path: Path) -> None:
+    """The same adapters under the usual protocol, whose right answer is always A, and in both orders."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure, axis = plt.subplots(figsize=(3.8, 0.3 * len(found) + 0.9), layout="constrained")
+        for row, values in enumerate(found.values()):
+            axis.plot(list(values.values()), [row, row], color="0.8", linewidth=1, zorder=0)
+        for name, style in (("always A is right", {"facecolors": "none", "marker": "s"}), ("both orders", {"facecolors": "black"})):
+            axis.scatter([values[name] for values in found.values()], range(len(found)), s=18, edgecolors="black", label=name, **style)
+        axis.set(yticks=range(len(found)), yticklabels=list(found), xlabel="ranking accuracy, %", xlim=(-3, 103))
+        axis.invert_yaxis()
+        figure.legend(loc="outside upper center", ncols=2)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["search", "main", "ablations"])
+    parser.add_argument("part", choices=["search", "main", "ablations", "collect", "report"])
     parser.add_argument("--pairs", default="data/contrastive_rec_train.jsonl")
     parser.add_argument("--small_pairs", nargs=2, default=(), metavar=("RANDOM", "MATCHED"), help="MovieLens-100K's with both negatives")
     parser.add_argument("--work", default="outputs/study")
@@ -227,8 +373,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=6, help="runs at a time")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    getattr(Study(options), options.part)()
+    if options.part in ("search", "main", "ablations"):
+        getattr(Study(options), options.part)()
+        return
+    if options.part == "collect":
+        collect(Path(options.work), options.results)
+    report(options.results)
 
 
 if __name__ == "__main__":

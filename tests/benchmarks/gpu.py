@@ -167,6 +167,7 @@ def run_case(case: dict) -> dict:
         validation_pairs=0,
         max_steps=warm_up + timed,
         save_steps=10_000,
+        **({"optim": case["optim"]} if case.get("optim") else {}),
     )
     train, _ = config.load_split(settings)
     rows = preference_rows(train, "balanced", settings.seed)[: (warm_up + timed) * case["effective_batch"]]
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--cases", help="JSON list of [backend, trainer, micro-batch, checkpointing]")
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--optim", help="another optimiser than the preset's, by its name in transformers")
     parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -261,7 +263,7 @@ def main() -> None:
             **{"preset": "thesis", "model": str(model)},
             **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch)},
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
-            "profile": options.profile if not records else None,
+            **{"profile": options.profile if not records else None, "optim": options.optim},
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
