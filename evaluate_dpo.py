@@ -20,10 +20,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    import torch
 
 import config
 from config import EvaluationSettings, UserError
@@ -123,7 +126,7 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         first = precision.bits == settings.bits
         suffix = "" if first else f"@{precision.bits}bit"
         with timed(seconds, f"loading{suffix}"):
-            model, tokenizer = config.load_model(precision, config.training_dtype() if settings.fast else torch.float32)
+            model, tokenizer = config.load_model(precision, scoring_dtype(settings.fast))
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
@@ -156,6 +159,15 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         **config.environment_facts(),
     }
     return pd.concat(parts, ignore_index=True), pd.concat(generated) if generated else None, run
+
+
+def scoring_dtype(fast: bool) -> torch.dtype:
+    """float32; fast on a GPU lets it use TensorFloat-32 in matrix products, on a CPU it is bfloat16 where that is native."""
+    import torch
+
+    if fast and config.cuda_present():
+        torch.set_float32_matmul_precision("high")
+    return config.training_dtype() if fast and not config.cuda_present() else torch.float32
 
 
 def precisions(settings: EvaluationSettings) -> list[EvaluationSettings]:

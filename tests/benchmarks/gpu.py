@@ -5,9 +5,10 @@
 
 Builds a model with Llama 3 8B's shape and random weights in NF4 (for speed and memory, random weights are as good as
 any), trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
-Pairs a second are over the steps after three of warm-up. The share of the matrix rate counts 6 FLOP a weight and token
-(2 forward and 2 back through the frozen policy, 2 forward through the reference; recomputation is not counted) against
-the rate that bf16 matrix products of 8192 x 8192 reach on the same card.
+Pairs a second are over the steps after three of warm-up. The share of the matrix rate counts what a trainer has to
+compute (stock: 6 FLOP a weight and token, 2 forward and 2 back through the frozen policy and 2 forward through the
+reference; shared: 4, and a pair's prompt once; recomputation is not counted) against the rate that bf16 matrix products
+of 8192 x 8192 reach on the same card.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def matrix_rate(seconds: float = 2.0) -> float:
 
 
 KERNELS = {  # part of the work: what its kernels are named; the first that fits
-    "dequantising": "dequantize",
+    "dequantising": "dequant",
     "attention": "flex|attention|fmha|flash",
     "matrix products": "gemm|nvjet|cutlass|sm90|gemv|splitk",
     "optimiser": "adam|optim|foreach|multi_tensor",
@@ -206,7 +207,8 @@ def run_case(case: dict) -> dict:
     weights = config.parameter_count(case["model"])
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
-    flop = 6 * in_matrices * tokens / len(rows)
+    computed = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) + len(row["prompt_ids"]) for row in trainer.train_dataset)
+    flop = in_matrices * (4 * computed if case["trainer"] == "shared" else 6 * tokens) / len(rows)
     return {
         "device": config.environment_facts()["device"],
         "shape": case["shape"],

@@ -84,6 +84,11 @@ def write(found: dict[tuple, list[dict]], results: Path) -> None:
                 "turns": [turn["pairs_per_second"] for turn in turns],
             }
         records.append(record)
+    save(records, results)
+
+
+def save(records: list[dict], results: Path) -> None:
+    """speed.json, its table and its figure; records of this device and shape take the place of earlier ones."""
     path = results / "speed.json"
     here = {(record.get("device"), record.get("shape")) for record in records}
     earlier = json.loads(path.read_text()) if path.exists() else []
@@ -114,12 +119,14 @@ def draw(records: list[dict], path: Path) -> None:
                 if (record.get("device"), record.get("shape"), record["trainer"]) == (*panel, trainer)
             )
             if points:
-                axis.plot(*zip(*points, strict=True), marker="os^"[number], linestyle=["-", "--", ":"][number], label=trainer)
+                style = {"marker": "os^"[number], "linestyle": ["-", "--", ":"][number], "color": f"C{number}", "label": trainer}
+                axis.plot(*zip(*points, strict=True), **style)
         axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}\n{panel[0]}", xscale="log")
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(8)
-    axes[0][0].legend(frameon=False)
+    labels = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
