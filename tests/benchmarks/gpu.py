@@ -136,7 +136,7 @@ def profile(trainer: object, path: Path) -> None:
 def run_case(case: dict) -> dict:
     """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
     `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
-    `timed` steps.
+    `timed` steps, and how many times each prompt is repeated, `prompt_times`.
     """
     import config
 
@@ -168,10 +168,12 @@ def run_case(case: dict) -> dict:
         validation_pairs=0,
         max_steps=warm_up + timed,
         save_steps=10_000,
+        max_length=512 * case.get("prompt_times", 1),
         **({"optim": case["optim"]} if case.get("optim") else {}),
     )
     train, _ = config.load_split(settings)
     rows = preference_rows(train, "balanced", settings.seed)[: (warm_up + timed) * case["effective_batch"]]
+    rows = [row | {"prompt": row["prompt"] * case.get("prompt_times", 1)} for row in rows]
     clock = {}
 
     class Clock(TrainerCallback):
@@ -200,7 +202,8 @@ def run_case(case: dict) -> dict:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    pairs_per_second = timed * case["effective_batch"] / (clock[warm_up + timed] - clock[warm_up])
+    seconds = clock[warm_up + timed] - clock[warm_up]
+    pairs_per_second = timed * case["effective_batch"] / seconds
     peak = train_dpo.peak_memory()
     if case.get("profile"):
         profile(trainer, Path(case["profile"]))
@@ -219,6 +222,8 @@ def run_case(case: dict) -> dict:
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
         "pairs_per_second": round(pairs_per_second, 2),
+        "pairs_timed": timed * case["effective_batch"],
+        "seconds": round(seconds, 3),
         "tokens_per_second": round(pairs_per_second * tokens / len(rows)),
         "share_of_matrix_rate": round(pairs_per_second * flop / rate, 4),
         "peak_memory_gb": round(peak, 2),
@@ -226,6 +231,7 @@ def run_case(case: dict) -> dict:
         "share_of_floor": round(pairs_per_second * 4 * 248 * weights / rate, 4),
         "memory_cap_gb": case["memory_gb"],
         "tokens_per_pair": round(tokens / len(rows), 1),
+        "computed_tokens_per_pair": round((computed if case["trainer"] == "shared" else tokens) / len(rows), 1),
         "matrix_tflops": round(rate / 1e12, 1),
         "first_loss": trainer.state.log_history[0]["loss"],  # logged alone: logging_first_step
     }

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/training.py --pairs data/pairs_ml-100k.jsonl                      # small preset's model
     python tests/benchmarks/training.py --pairs FILE --preset thesis --model FOLDER --shape NAME --memory_gb 24
+    python tests/benchmarks/training.py --pairs FILE --scaling     # cost against pairs, length and batch: scaling.json
 
 Every case runs in a process of its own, the cases in turn and the turns repeated, so that a machine whose speed
 drifts treats all alike; the median of a case's turns is kept. Writes docs/results/speed.json (records of this device
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--memory_gb", type=float, default=None, help="cap on a GPU's memory")
     parser.add_argument("--effective_batch", type=int, default=8)
     parser.add_argument("--cases", help="JSON list of [trainer, micro-batch]; trainers: stock, unsloth, shared")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--warm_up", type=int, default=1)
@@ -47,20 +49,74 @@ def main() -> None:
     cuda = config.cuda_present()
     cases = json.loads(options.cases) if options.cases else CUDA_CASES if cuda else CPU_CASES
     Path(options.work).mkdir(parents=True, exist_ok=True)
+    if options.scaling:
+        scaling(options, cuda)
+        return
     found: dict[tuple, list[dict]] = {}
     for turn in range(options.turns):
         for trainer, micro_batch in cases:
-            case = {
-                **{"backend": "unsloth" if trainer != "stock" and cuda else "hf", "trainer": "stock" if trainer == "unsloth" else trainer},
-                **{"micro_batch": micro_batch, "effective_batch": max(options.effective_batch, micro_batch)},
-                **{"checkpointing": cuda and not options.no_checkpointing, "preset": options.preset, "model": options.model},
-                **{"shape": options.shape, "pairs": options.pairs, "work": options.work, "memory_gb": options.memory_gb},
-                **{"warm_up": options.warm_up, "timed": options.timed, "out": f"{options.work}/record.json"},
-            }
+            case = case_of(options, cuda, trainer, micro_batch)
             record = gpu.in_own_process(case)
             print(json.dumps({"turn": turn, "name": trainer} | record), flush=True)
             found.setdefault((trainer, micro_batch), []).append(record)
     write(found, options.results)
+
+
+def case_of(options: argparse.Namespace, cuda: bool, trainer: str, micro_batch: int) -> dict:
+    return {
+        **{"backend": "unsloth" if trainer != "stock" and cuda else "hf", "trainer": "stock" if trainer == "unsloth" else trainer},
+        **{"micro_batch": micro_batch, "effective_batch": max(options.effective_batch, micro_batch)},
+        **{"checkpointing": cuda and not options.no_checkpointing, "preset": options.preset, "model": options.model},
+        **{"shape": options.shape, "pairs": options.pairs, "work": options.work, "memory_gb": options.memory_gb},
+        **{"warm_up": options.warm_up, "timed": options.timed, "out": f"{options.work}/record.json"},
+    }
+
+
+def scaling(options: argparse.Namespace, cuda: bool) -> None:
+    """The shared trainer's cost against the number of pairs, the prompt's length and the micro-batch."""
+    batch = 16 if cuda else 4
+    cases = {
+        "pairs": [{"micro_batch": batch, "effective_batch": batch, "timed": timed} for timed in (2, 4, 8)],
+        "prompt": [{"micro_batch": batch, "effective_batch": batch, "prompt_times": times} for times in (1, 2, 4)],
+        "batch": [{"micro_batch": size, "effective_batch": size} for size in ((1, 4, 16, 64) if cuda else (1, 2, 4, 8, 16))],
+    }
+    found = {}
+    for name, changes in cases.items():
+        found[name] = [gpu.in_own_process(case_of(options, cuda, "shared", batch) | change) for change in changes]
+        print(name, json.dumps(found[name]), flush=True)
+    path = options.results / "scaling.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier[f"{options.shape}, {config.environment_facts()['device']}"] = found
+    path.write_text(json.dumps(earlier, indent=1) + "\n")
+    draw_scaling(earlier, options.results / "scaling.png")
+
+
+def draw_scaling(devices: dict[str, dict], path: Path) -> None:
+    """Seconds against pairs (linear), tokens a second against a row's tokens (flat), pairs a second against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "pairs": ("pairs", "seconds", lambda record: (record["pairs_timed"], record["seconds"])),
+        "prompt": (
+            "tokens computed for a pair",
+            "tokens a second",
+            lambda record: (record["computed_tokens_per_pair"], record["computed_tokens_per_pair"] * record["pairs_per_second"]),
+        ),
+        "batch": ("pairs in a micro-batch", "pairs a second", lambda record: (record["micro_batch"], record["pairs_per_second"])),
+    }
+    figure, axes = plt.subplots(len(devices), 3, figsize=(9, 2.6 * len(devices)), squeeze=False, layout="constrained")
+    for row, (device, found) in zip(axes, devices.items(), strict=True):
+        for axis, (name, (x, y, point)) in zip(row, panels.items(), strict=True):
+            axis.plot(*zip(*(point(record) for record in found[name] if "failed" not in record), strict=True), marker="o", color="black")
+            axis.set(xlabel=x, ylabel=y)
+            axis.set_xlim(left=0)
+            axis.set_ylim(bottom=0)
+        row[1].set_title(device, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def write(found: dict[tuple, list[dict]], results: Path) -> None:
