@@ -127,7 +127,10 @@ def test_every_mentioned_command_is_accepted(document, line, ratings, tmp_path, 
 
 
 def test_the_blocks_that_need_no_gpu_run_one_after_the_other(ratings, tiny_model, one_thread, tmp_path, monkeypatch, capsys):
-    """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one."""
+    """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one.
+
+    What makes the environment and what opens it (venv, pip, pytest, jupyter) is left to `.ci/run`.
+    """
     monkeypatch.setattr(config, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(build_pairs, "ROOT", tmp_path)
     shutil.copytree(tiny_model, config.CACHE / config.SMALL_MODEL)
