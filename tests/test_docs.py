@@ -171,7 +171,8 @@ def first_lines(paths: Iterable[Path]) -> list[tuple[int, re.Pattern]]:
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts).strip().partition("\n")[0]
+            texts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts]
+            text = "".join(texts).strip().partition("\n")[0]
             found.append((len(text.replace("\0", "")), re.compile(re.escape(text).replace("\0", "(.*)") + r"\.?")))
     return found
 
