@@ -1,70 +1,312 @@
-"""What the documents say is what the programs do."""
+"""What the documents say is what the programs do.
 
+Their shell blocks are run by bash with stand-ins for the programs, which write down what they were called with. All of
+it is parsed by the programs' own parsers; what is not marked `<!-- needs a GPU -->` is then run, with a tiny model.
+"""
+
+import ast
+import importlib.util
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import config
 import evaluate_dpo
+import train_dpo
 from config import EvaluationSettings, TrainingSettings
+from data import build_pairs
 
-DOCUMENTS = [path for path in config.ROOT.rglob("*.md") if not {".venv", "outputs", "node_modules"} & set(path.relative_to(config.ROOT).parts[:-1])]
+ELSEWHERE = {".venv", "outputs", "node_modules"}
+DOCUMENTS = [path for path in config.ROOT.rglob("*.md") if not ELSEWHERE & set(path.relative_to(config.ROOT).parts[:-1])]
 DOCUMENTS.append(config.ROOT / "outputs" / "README.md")
+DOCS = config.ROOT / "docs"
+NEEDS_GPU = "<!-- needs a GPU -->"
+PROGRAMS = ("python", "python3", ".venv/bin/python", "accelerate", "jupyter")
 
 
-def shell_lines() -> list[tuple[str, str]]:
-    """Every command of a project script that a document shows, in blocks and between backticks."""
+def read(name: str) -> str:
+    return (config.ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(path: Path) -> list[tuple[bool, str]]:
+    """(needs a GPU, text) of a document's shell blocks."""
+    found = re.findall(rf"({NEEDS_GPU}\n)?```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+    return [(bool(marked), text) for marked, text in found]
+
+
+def mentions() -> list[tuple[str, str]]:
+    """Commands between backticks, in docstrings and in settings files: parsed, not run."""
     found = []
     for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        pieces = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-        pieces += re.findall(r"`([^`\n]+\.py [^`\n]+)`", text)
-        for piece in pieces:
-            found += [(path.name, part.split(" # ")[0].strip()) for part in piece.split("&&") if ".py" in part.split("#")[0]]
+        found += [(path.name, line) for line in re.findall(r"`([^`\n]+\.py [^`\n]+)`", path.read_text(encoding="utf-8"))]
+    for module in (config, train_dpo, evaluate_dpo, build_pairs):
+        found += [(Path(module.__file__).name, line) for line in re.findall(r"^    (python .+?)(?: +#.*)?$", module.__doc__, re.M)]
+    [launch] = re.findall("# +(accelerate launch .+)", read("docs/fsdp_qlora.yaml"))
+    return [*found, ("fsdp_qlora.yaml", re.sub("<.+?>", "FOLDER", launch))]
+
+
+def calls_of(block: str, folder: Path) -> list[list[str]]:
+    """What bash makes of a block: the words of each call of a program, in order."""
+    programs, log = folder / "programs", folder / "calls"
+    for program in PROGRAMS:
+        stand_in = (folder if "/" in program else programs) / program
+        stand_in.parent.mkdir(parents=True, exist_ok=True)
+        stand_in.write_text(f"#!/bin/bash\nprintf '%s\\x1f' {program} \"$@\" >> '{log}'; echo >> '{log}'\n")
+        stand_in.chmod(0o755)
+    (folder / ".venv" / "bin" / "activate").touch()
+    log.write_text("")
+    bash = ["env", f"PATH={programs}:/usr/bin:/bin", "bash", "-euo", "pipefail", "-c", block]
+    done = subprocess.run(bash, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"{block}\n{done.stderr}"
+    return [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
+    """The project's script in a call and what is given to it; ("", []) where there is none."""
+    place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
+    return ("", []) if place is None else (words[place], words[place + 1 :])
+
+
+def parse(words: list[str], preset: str, monkeypatch) -> None:
+    """Give a call to the parser of its program; an AssertionError or UserError says what is wrong with it."""
+    script, flags = script_and_flags(words)
+    if flags == ["--help"]:
+        return
+    if words[0] == "jupyter":
+        assert words[1] == "lab" and words[2:] == ["dpo_comparison.ipynb"]
+    elif not script:
+        assert words[1] in ("-m", "-c"), words
+    else:
+        assert (config.ROOT / script).is_file(), words
+        assert all((config.ROOT / word).is_file() for word in words if word.endswith(".yaml") and "fsdp" in word)
+        if script == "data/build_pairs.py":
+            monkeypatch.setattr(build_pairs, "write_pairs", lambda path, pairs: None)
+            monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+            build_pairs.main()
+        elif script in ("train_dpo.py", "evaluate_dpo.py"):
+            kind = TrainingSettings if script == "train_dpo.py" else EvaluationSettings
+            file = flags[:1] if flags and flags[0].endswith(".yaml") else []
+            config.parse_settings(kind, [*file, "--preset", preset, *flags[len(file) :]])
+        else:
+            assert all(f'"{flag}"' in read(script) for flag in flags if flag.startswith("--")), words
+
+
+@pytest.fixture
+def ratings(monkeypatch):
+    """Made-up MovieLens in place of what `data/build_pairs.py` would fetch."""
+    titles = [f"Film {film}, The ({1950 + film % 50})" for film in range(60)]
+    films = pd.DataFrame({"film": range(60), "title": titles, "genres": [["Comedy"], ["Drama", "War"]] * 30})
+    rows = [(user, (user * 7 + k * k) % 60, 4.0, float(k)) for user in range(50) for k in range(12)]
+    made = pd.DataFrame(rows, columns=["user", "film", "rating", "time"]), films
+    monkeypatch.setattr(build_pairs, "read_ml_100k", lambda: made)
+    monkeypatch.setattr(build_pairs, "download_ml_1m", lambda folder: folder)
+    monkeypatch.setattr(build_pairs, "read_ml_1m", lambda source: made)
+
+
+@pytest.mark.parametrize(("gpu", "block"), [block for path in DOCUMENTS for block in blocks(path)])
+def test_every_line_of_every_shell_block_is_accepted(gpu, block, ratings, tmp_path, monkeypatch):
+    calls = calls_of(block, tmp_path)
+    assert calls
+    for words in calls:
+        parse(words, "thesis" if gpu else "small", monkeypatch)
+
+
+@pytest.mark.parametrize(("document", "line"), mentions())
+def test_every_mentioned_command_is_accepted(document, line, ratings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("beta: 0.2\n")
+    parse(shlex.split(line), "small", monkeypatch)
+
+
+def test_the_blocks_that_need_no_gpu_run_one_after_the_other(ratings, tiny_model, one_thread, tmp_path, monkeypatch, capsys):
+    """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one.
+
+    What makes the environment and what opens it (venv, pip, pytest, jupyter) is left to `.ci/run`.
+    """
+    monkeypatch.setattr(config, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(build_pairs, "ROOT", tmp_path)
+    shutil.copytree(tiny_model, config.CACHE / config.SMALL_MODEL)
+    monkeypatch.chdir(tmp_path)
+    order = ["README.md", "docs/quickstart.md", "docs/hyperparameters.md", "docs/thesis.md"]
+    assert {path.relative_to(config.ROOT).as_posix() for path in DOCUMENTS if any(not gpu for gpu, _ in blocks(path))} == set(order)
+    said = []
+    for name in order:
+        for gpu, block in blocks(config.ROOT / name):
+            for words in [] if gpu else calls_of(block, tmp_path):
+                script, flags = script_and_flags(words)
+                if script:
+                    monkeypatch.setattr(sys, "argv", [script, *flags])
+                    importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+                elif words[1] == "-c":
+                    print(subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, text=True).stdout)
+                said.append(capsys.readouterr().out)
+    metrics = json.loads(Path("outputs/evaluation/metrics.json").read_text())
+    assert said[-1].strip().splitlines() == [metrics["sentence"], *metrics["caveats"]]
+    text = "".join(said)
+    assert "ready to train" in text and text.count("verdict: ") == 4
+    checklist = [line[4:].split("  ")[0] for line in text.splitlines() if re.match("(ok|!!)  ", line)]
+    table = re.search(r"## The checklist\n.*?\n\|---\|---\|\n(.*?)\n\n", read("docs/quickstart.md"), re.S)[1]
+    assert checklist == re.findall("`([^`]+)`", "\n".join(re.match(r"\| (.*?) \|", line)[1] for line in table.splitlines()))
+
+
+def test_the_folders_of_the_quickstart_are_those_that_the_scripts_use():
+    for preset, column in (("thesis", 2), ("small", 3)):
+        settings = config.preset_settings(EvaluationSettings, preset)
+        places = [config.adapter_folder(settings, stage) for stage in ("sft", "dpo")] + [config.evaluation_folder(settings)]
+        rows = re.findall(r"^\| (?:SFT adapter|DPO adapter|results) \|.*", read("docs/quickstart.md"), re.M)
+        assert [row.split("|")[column].strip(" `") for row in rows] == [str(place) for place in places]
+
+
+def first_lines(paths: Iterable[Path]) -> list[tuple[int, re.Pattern]]:
+    """The first line of every text in some scripts: how many letters of it are constant, and a pattern with what is filled in."""
+    found = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts]
+            text = "".join(texts).strip().partition("\n")[0]
+            found.append((len(text.replace("\0", "")), re.compile(re.escape(text).replace("\0", "(.*)") + r"\.?")))
     return found
 
 
-@pytest.mark.parametrize(("document", "line"), shell_lines())
-def test_every_documented_command_is_accepted(document, line):
-    words = shlex.split(line)
-    script = next(word for word in words if word.endswith(".py"))
-    flags = words[words.index(script) + 1 :]
-    assert (config.ROOT / script).is_file(), f"{document}: {line}"
-    if script == "train_dpo.py":
-        config.parse_settings(TrainingSettings, flags)
-    elif script == "evaluate_dpo.py":
-        config.parse_settings(EvaluationSettings, flags)
-    else:
-        known = (config.ROOT / script).read_text(encoding="utf-8")
-        assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--")), f"{document}: {line}"
+def is_told(message: str, known: list[tuple[int, re.Pattern]], letters: int) -> bool:
+    """Do scripts say this? What is filled in is one word, or is told in its turn; so many letters must be constant."""
+    for constant, pattern in known:
+        match = pattern.fullmatch(message) if constant >= min(letters, len(message)) else None
+        if match and all(" " not in filled or is_told(filled.strip(), known, 6) for filled in match.groups()):
+            return True
+    return False
+
+
+def test_every_message_that_the_quickstart_quotes_is_one_of_the_programs():
+    ours = first_lines([*config.ROOT.glob("*.py"), *(config.ROOT / "data").glob("*.py")])
+    hub = first_lines([Path(importlib.util.find_spec("transformers").origin).parent / "utils" / "hub.py"])
+    lines = [line for block in re.findall(r"```text\n(.*?)```", read("docs/quickstart.md"), re.S) for line in block.splitlines()]
+    assert len(lines) > 40
+    for line in lines:
+        message = re.sub(r"^(error|caveat|verdict): (DPO starts from: )?|^preset \w+ |^(ok|!!)  [\w ]+?  ", "", line)
+        if message.startswith("cannot load the base model"):
+            message, reason = message.split(": ", 1)
+            assert is_told(reason, hub, 12), f"transformers does not say: {reason}"
+            message += ": …"
+        assert is_told(message, ours, 12), f"no program says: {line}"
+
+
+def documented_settings() -> dict[str, list[str]]:
+    """{setting: cells} of the tables in docs/hyperparameters.md."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", read("docs/hyperparameters.md"), re.M)
+    assert len(rows) == len({name for name, _ in rows}), "a setting is there twice"
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+@pytest.mark.parametrize("kind", [TrainingSettings, EvaluationSettings])
+def test_every_setting_is_documented_with_its_defaults(kind):
+    documented = documented_settings()
+    for column, preset in enumerate(config.PRESETS):
+        for name, default in vars(config.preset_settings(kind, preset)).items():
+            shown = documented[name][column]
+            if default is None or default == []:
+                assert shown == "none", name
+            elif isinstance(default, bool):
+                assert shown == str(default).lower(), name
+            elif isinstance(default, (int, float)):
+                assert float(shown) == default, name
+            else:
+                assert shown == default, name
+
+
+def test_no_setting_is_documented_that_is_not_there():
+    settings = {name for kind in (TrainingSettings, EvaluationSettings) for name in vars(config.preset_settings(kind, "small"))}
+    assert set(documented_settings()) == settings
+    choices = documented_settings()["loss_type"][2].split(", ")
+    assert choices == list(config.LossType.__args__)
+    for name in re.findall(r"(?<![\w-])--(\w+)", "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))):
+        others = ("config_file", "source", "download", "output", "negatives", "help", "learning_rat")
+        assert name in settings or name in others, f"--{name} is no setting"
+
+
+def simulation_table(records: list[dict]) -> str:
+    verdicts = ["SUPPORTED", "NOT SUPPORTED", "PARTIAL: comparable", "PARTIAL: small gain", "INCONCLUSIVE"]
+    heads = ["users", "true difference", "seeds", "spread", "covers", *verdicts]
+    rows = [heads, ["---"] * len(heads)]
+    for record in records:
+        rows.append([f"{record['users']:,}", *(str(record[key]) for key in ("true_difference", "seeds", "spread_of_seeds"))])
+        rows[-1] += [f"{100 * record[key]:.1f}" for key in ("coverage", *verdicts)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_the_table_of_simulated_studies_is_that_of_the_committed_results():
+    source, shown = re.search(r"<!-- table: (\S+) -->\n(.*?)\n\n", read("docs/thesis.md"), re.S).groups()
+    assert shown + "\n" == simulation_table(json.loads(read(source)))
+
+
+def test_every_key_that_the_thesis_names_is_in_the_committed_results():
+    table = re.search(r"## Writing methods and results\n(.*)", read("docs/thesis.md"), re.S)[1]
+    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 12
+    for row in rows:
+        found = json.loads(read(f"docs/results/small/{'dpo.run.json' if 'run.json' in row else 'metrics.json'}"))
+        parent: list[str] = []
+        for key in re.findall("`([^`]+)`", row):
+            if key in ("table.tex", "dpo@16bit") or key.startswith("figures/"):
+                continue
+            path = [*parent, key[1:]] if key.startswith(".") else key.split(".")
+            parent, value = path[:-1], found
+            for name in path:
+                assert name in value, key
+                value = value[name]
+
+
+def test_formulas_are_shown_as_they_are_written():
+    """GitHub reads a formula within a line as Markdown first: backslashes before punctuation and asterisks would be lost."""
+    for path in DOCS.glob("*.md"):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.S)
+        formulas = re.findall(r"\$([^$\n]+)\$", text)
+        assert text.count("$") == 2 * len(formulas), path.name
+        for formula in formulas + re.findall(r"```math\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            assert formula.count("{") - formula.count(r"\{") == formula.count("}") - formula.count(r"\}"), formula
+            assert "\n" in formula or not re.search(r"\\[!-/:-@\[-`{-~]|\*", formula), formula
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_results():
-    readme = (config.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = read("README.md")
     source, shown = re.search(r"<!-- table: (\S+) -->\n```text\n(.*?)```", readme, re.S).groups()
-    metrics = json.loads((config.ROOT / source).read_text())
+    metrics = json.loads(read(source))
     assert shown == evaluate_dpo.table(metrics) + "\n\n" + evaluate_dpo.summary(metrics) + "\n"
 
 
 def test_every_link_of_the_documents_leads_somewhere():
     for path in DOCUMENTS:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert (Path(path).parent / target).exists(), f"{path.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+            place = path.parent / target if target else path
+            assert place.exists(), f"{path.name}: {target}"
+            headings = re.findall(r"^#+ (.*)", place.read_text(encoding="utf-8"), re.M) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in anchors, f"{path.name}: #{anchor}"
+
+
+def test_no_document_is_longer_than_the_code_that_it_explains():
+    explained = {"thesis": "evaluate_dpo", "metrics": "evaluate_dpo", "quickstart": "train_dpo", "hyperparameters": "config"}
+    for document, script in explained.items():
+        assert len(read(f"docs/{document}.md")) < len(read(f"{script}.py")), document
 
 
 def test_no_data_or_weights_are_committed():
-    import subprocess
-
     tracked = subprocess.run(["git", "-C", config.ROOT, "ls-files"], capture_output=True, text=True).stdout.splitlines()
     assert not [name for name in tracked if re.search(r"\.(jsonl|safetensors|gguf|bin|pt|whl|zip)$", name)]
 
 
 def test_the_schema_of_metrics_json_is_the_documented_one():
-    text = (config.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    metrics = json.loads((config.ROOT / "docs" / "results" / "small" / "metrics.json").read_text(encoding="utf-8"))
+    text = read("docs/metrics.md")
+    metrics = json.loads(read("docs/results/small/metrics.json"))
     comparison = metrics["comparisons"]["dpo - sft"]
     for key in [*metrics, *metrics["arms"]["dpo"], *comparison]:
         assert f"`{key}`" in text, f"docs/metrics.md lacks {key}"
@@ -73,7 +315,7 @@ def test_the_schema_of_metrics_json_is_the_documented_one():
 
 
 def test_every_fault_that_is_documented_is_shown_by_a_test():
-    text = (config.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = read("docs/reliability.md")
     tests = "".join(path.read_text(encoding="utf-8") for path in (config.ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
