@@ -185,7 +185,7 @@ def train_within_memory(
         if config.process_count() > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
             raise UserError(
                 f"{stage}: out of memory with a micro-batch of {batch_size}",
-                "Lower --batch_size, --max_length or --lora_rank, or give --gradient_checkpointing true.",
+                "Lower --batch_size or --lora_rank, or give --gradient_checkpointing true.",
             )
         free_memory()
         if may_checkpoint and not checkpointing:
@@ -842,8 +842,12 @@ def starting_point(settings: TrainingSettings, test_digest: str) -> Check:
     if settings.stage == "all" and settings.sft_adapter is None and not folder.is_dir():
         return ("DPO starts from", "the SFT adapter that is trained first", "")
     problem = config.adapter_problem(folder, settings, test_digest)
-    remedy = "Train it with --stage sft, or give --sft_adapter." if problem else ""
-    return ("DPO starts from", problem or str(folder), remedy)
+    if problem:
+        return ("DPO starts from", problem, "Train it with --stage sft, or give --sft_adapter.")
+    lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found = {"lora_rank": lora.get("r"), "lora_alpha": lora.get("lora_alpha")}  # DPO goes on with them
+    other = " ".join(f"--{name} {value}" for name, value in found.items() if value != getattr(settings, name))
+    return ("DPO starts from", f"{folder}{f', which has {other}' if other else ''}", f"Give {other}, or train SFT anew." if other else "")
 
 
 def check_tokens(rows: list[dict[str, str]], tokenizer: Any, max_length: int) -> int:
