@@ -913,8 +913,8 @@ def report(metrics: dict[str, Any], generation: dict[str, Any] | None = None, mi
 CARD_MARK = "<!-- Written by this project's scripts, and written anew by them; delete this line to keep your own text. -->"
 CARD = """# {kind} adapter: which of two films next?
 
-LoRA (r {r}, alpha {alpha}) on the {precision} weights of `{base_model}`{history}. Shown five films that a person watched
-and two candidates, it says which one the person would watch next. For research.
+LoRA (r {r}, alpha {alpha}) on the {precision} weights of `{base_model}`{history}. \
+Shown five films that a person watched and two candidates, it says which one the person would watch next. For research.
 
 ## Use
 
@@ -933,9 +933,9 @@ The tokenizer is the base model's. The prompt ends in a newline, and the answer 
 
 ## Data
 
-{data} In a pair, one film is what the person watched next, and the other one they never rated. Pairs made from MovieLens
-are GroupLens' data, whose licence allows research and forbids redistribution: none is in this folder. Cite F. Maxwell
-Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. ACM Transactions on Interactive
+{data} In a pair, one film is what the person watched next, and the other one they never rated. Pairs made from MovieLens \
+are GroupLens' data, whose licence allows research and forbids redistribution: none is in this folder. Cite F. Maxwell \
+Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. ACM Transactions on Interactive \
 Intelligent Systems 5, 4, Article 19. <https://doi.org/10.1145/2827872>
 
 ## Measures
@@ -1038,11 +1038,12 @@ def card_measures(settings: Settings, arm: str, metrics: dict[str, Any]) -> tupl
     beside = [name for name in ("popularity", "base", "sft", "dpo") if name in arms and name != arm]
     lines = [
         f"{metrics['users']:,} users held out by a hash, each pair in both orders of its options, on {PRECISIONS[settings.bits][0]} weights, "
-        f"computed in {'bfloat16' if settings.fast else 'float32'}; 95% intervals in brackets."
+        f"computed in {'bfloat16' if settings.fast else 'float32'}; 95% intervals in brackets. Ranking accuracy "
+        "is what greedy decoding answers, response accuracy which whole response is likelier; guessing has 50%."
         + (f" Means over the arm's {found['seeds']} training runs, of which this is one." if found["seeds"] > 1 else ""),
         *("", "| measure | value |", "|---|---|", *(f"| {labels[name]} | {value} |" for name, value in cells.items()), ""),
-        "Ranking accuracy beside it: " + ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside) + ".",
-        *([metrics["sentence"]] if arm in ("sft", "dpo") and "sentence" in metrics else []),
+        "Ranking accuracy of others: " + ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside) + ".",
+        *(["", metrics["sentence"]] if arm in ("sft", "dpo") and "sentence" in metrics else []),
     ]
     return "\n".join(lines), results
 
