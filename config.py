@@ -60,6 +60,8 @@ SHORT_NAMES = {
     "meta-llama/Meta-Llama-3-8B": "llama3",
     SMALL_MODEL: "smollm2",
 }
+HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hub has the original under another name
+LICENCES = {"llama3": "llama3", "smollm2": "apache-2.0"}  # by short name, in the Hub's words
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNSLOTH_CHECKPOINTING: bool | str = True  # "unsloth" moves what is kept to the computer's memory: 0.8 GB less, 7% slower
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
@@ -223,6 +225,9 @@ class TrainingSettings(Settings):
     save_steps: int = _setting(100, "steps between checkpoints")
     logging_steps: int = _setting(5, "steps between log lines")
     report_to: str = _setting("none", "wandb, tensorboard, mlflow ... as transformers knows them")
+    # sharing the adapter of the stage, DPO's unless it is sft
+    push_to_hub: str | None = _setting(None, "publish it by this name on the Hub, with your token; trains it only if it is missing")
+    merge: str | None = _setting(None, "write it and its base as one 16-bit model into this folder; trains nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -298,7 +303,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments[:1] = _file_as_flags(arguments[0])
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
-        import_unsloth_first(_peek(arguments, "backend") or "auto")
+        merging = _peek(arguments, "merge") is not None  # scores with plain transformers, which Unsloth would patch
+        import_unsloth_first("hf" if merging else _peek(arguments, "backend") or "auto")
     from transformers import HfArgumentParser
 
     preset = _peek(arguments, "preset")
@@ -507,7 +513,7 @@ def _run_problem(folder: Path, settings: Settings, test_digest: str) -> str:
         vocabulary = run.get("vocabulary")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}/run.json cannot be read, or is of an older version ({type(error).__name__}: {error})"
-    if trained_on.removesuffix("-bnb-4bit") != settings.base_model.removesuffix("-bnb-4bit"):
+    if original_name(trained_on) != original_name(settings.base_model):
         return f"{folder} was trained on the base model {trained_on}, not {settings.base_model}"
     if digest != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
@@ -607,7 +613,7 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     if stored is not None and settings.bits != 4:
         raise UserError(
             f"the weights of {settings.base_model} are stored in 4 bits and cannot be had in {settings.bits}",
-            f"Give --base_model the 16-bit original, such as {settings.base_model.removesuffix('-bnb-4bit')}.",
+            f"Give --base_model the 16-bit original, such as {original_name(settings.base_model)}.",
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     if torch.cuda.is_available():
@@ -699,6 +705,11 @@ def keep_weights_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def original_name(base_model: str) -> str:
+    """The 16-bit original of a base model that Unsloth stored in 4 bits; any other name is its own."""
+    return base_model.removesuffix("-bnb-4bit")
 
 
 def parameter_count(base_model: str) -> int:

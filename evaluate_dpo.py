@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import json
 import math
 import re
 import time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 import config
-from config import EvaluationSettings, UserError
+from config import EvaluationSettings, Settings, UserError
 from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row, recommended
 from data.trees import Tree, ancestor_mask, pad_trees, token_tree
 
@@ -86,6 +87,9 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
     if not settings.from_predictions:
         run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
         config.write_json(folder / "run.json", run)
+        for arm, folders in reversed(run["adapters"].items()):  # where two arms have one folder, the first one's card stays
+            for adapter in dict.fromkeys(folders.values()):
+                print(write_card(Path(adapter), settings, arm, metrics, run["mismatches"]))
     notes = "".join(f"\nmismatch: {mismatch}" for mismatch in run["mismatches"])
     print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
 
@@ -174,7 +178,7 @@ def precisions(settings: EvaluationSettings) -> list[EvaluationSettings]:
     """The settings of each precision to score in; a base model stored in 4 bits gives way to its 16-bit original."""
     found = [settings]
     if settings.second_bits:
-        name = settings.base_model if settings.second_bits == 4 else settings.base_model.removesuffix("-bnb-4bit")
+        name = settings.base_model if settings.second_bits == 4 else config.original_name(settings.base_model)
         found.append(dataclasses.replace(settings, bits=settings.second_bits, base_model=name, second_bits=None))
     return found
 
@@ -849,18 +853,8 @@ def sentence(metrics: dict[str, Any]) -> str:
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the verdict must know, each raised by rule."""
-    found = []
     arms = metrics["arms"]
-    for arm in ("sft", "dpo"):
-        bias = arms[arm]["position_bias"]["value"]
-        if abs(bias) >= 90:
-            letter = "A" if bias > 0 else "B"
-            found.append(f"{arm} answers {letter} almost whatever the options are: its ranking accuracy is 50% for that reason")
-        gap = arms[arm]["personalisation_gap"]
-        if gap["value"] is not None and gap["low"] <= 0:
-            found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")
-        if (arms[arm]["near_ties"] or 0) > 0.05 * 2 * metrics["users"] * arms[arm]["seeds"]:
-            found.append(f"{arm} decides {arms[arm]['near_ties']:,} times by less than 0.01 nats: rounding could turn them")
+    found = [caveat for arm in ("sft", "dpo") for caveat in caveats_of(arm, metrics)]
     against = metrics["comparisons"].get("dpo - popularity")
     if against and against["value"] < 0:
         popularity, dpo = (arms[arm]["ranking_accuracy"]["value"] for arm in ("popularity", "dpo"))
@@ -873,6 +867,21 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
         )
     if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
         found.append("one training run an arm: what another seed would give is not in the interval")
+    return found
+
+
+def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
+    """What a reader of one arm's measures must know, whatever it is compared with."""
+    found, measures = [], metrics["arms"][arm]
+    bias = measures["position_bias"]["value"]
+    if abs(bias) >= 90:
+        letter = "A" if bias > 0 else "B"
+        found.append(f"{arm} answers {letter} almost whatever the options are: its ranking accuracy is 50% for that reason")
+    gap = measures["personalisation_gap"]
+    if gap["value"] is not None and gap["low"] <= 0:
+        found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")
+    if (measures["near_ties"] or 0) > 0.05 * 2 * metrics["users"] * measures["seeds"]:
+        found.append(f"{arm} decides {measures['near_ties']:,} times by less than 0.01 nats: rounding could turn them")
     return found
 
 
@@ -914,6 +923,176 @@ def report(metrics: dict[str, Any], generation: dict[str, Any] | None = None, mi
         lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in columns) + " |" for arm, found in generation.items()]
     lines += ["", *(f"**Mismatch:** {html.escape(mismatch)}  " for mismatch in mismatches)]
     return "\n".join([*lines, *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
+
+
+# ----------------------------------------------------------------------------------------------- model cards
+
+CARD_MARK = "<!-- Written by this project's scripts, and written anew by them; delete this line to keep your own text. -->"
+CARD = """# {kind} adapter: which of two films next?
+
+LoRA (r {r}, alpha {alpha}) on the {precision} weights of `{base_model}`{history}. \
+Shown five films that a person watched and two candidates, it says which one the person would watch next. For research.
+
+## Use
+
+In this folder; elsewhere with its path, or its name on the Hub, in place of `"."`{note}:
+
+```python
+{imports}
+base = AutoModelForCausalLM.from_pretrained({base}, {weights})
+model = PeftModel.from_pretrained(base, ".")
+```
+
+The tokenizer is the base model's. The prompt ends in a newline, and the answer begins with `{stem}`:
+
+```text
+{prompt}```
+
+## Data
+
+{data} In a pair, one film is what the person watched next, and the other one they never rated. Pairs made from MovieLens \
+are GroupLens' data, whose licence allows research and forbids redistribution: none is in this folder. Cite F. Maxwell \
+Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. ACM Transactions on Interactive \
+Intelligent Systems 5, 4, Article 19. <https://doi.org/10.1145/2827872>
+
+## Measures
+
+{measures}
+
+## Settings
+
+{settings}
+
+## Limits
+
+{limits}- Read on other weights than the {precision} ones it decides differently.
+- Its reasons follow the one sentence that it was trained on: they are no evidence of why.
+- English titles, and the films that MovieLens' users rated."""
+CARD_SETTINGS = {
+    "sft": ["sft_epochs", "sft_learning_rate"],
+    "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
+    "both": [
+        *("option_order", "lora_dropout", "effective_batch", "optim", "lr_scheduler", "warmup_steps", "weight_decay"),
+        *("max_grad_norm", "seed"),
+    ],
+}
+PRECISIONS = {  # bits: (their name, how transformers loads them)
+    4: ("4-bit (NF4)", 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'),
+    8: ("8-bit (LLM.int8)", "quantization_config=BitsAndBytesConfig(load_in_8bit=True)"),
+    16: ("16-bit", 'dtype="bfloat16"'),
+}
+
+
+def hub_card(settings: Settings, text: str, *tags: str, **data: Any) -> str:
+    """A README.md for the Hub: metadata, text, licence. The Hub refuses a base model that it does not have, such as a folder."""
+    from huggingface_hub import ModelCardData
+
+    base = config.HUB_NAMES.get(settings.base_model, settings.base_model)
+    data["base_model"] = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+    data["license"] = licence = config.LICENCES.get(config.SHORT_NAMES.get(settings.base_model, ""))
+    data["tags"] = ["recommendation", "movielens", *tags]
+    terms = {None: "", "llama3": ", llama3. Built with Meta Llama 3"}.get(licence, f", {licence}")
+    metadata = ModelCardData(language="en", pipeline_tag="text-generation", **data)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{CARD_MARK}\n\n{text}\n\nLicence: that of the base model{terms}.\n"
+
+
+def model_card(
+    folder: Path, settings: Settings, arm: str = "", metrics: dict[str, Any] | None = None, mismatches: Sequence[str] = ()
+) -> str:
+    """The model card of the adapter in a folder, with the measures of its arm; without metrics it was not evaluated."""
+    files = (folder / "adapter_config.json", folder / "run.json")
+    lora, run = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
+    trained, data = run.get("settings", {}), run.get("data", {})
+    stage = run["stage"] if run.get("stage") in ("sft", "dpo") else ""
+    precision, weights = PRECISIONS[trained.get("bits", settings.bits)]
+    small = settings.base_model == config.SMALL_MODEL
+    base = f'model_path("{settings.base_model}")' if small else json.dumps(settings.base_model)
+    imports = "from peft import PeftModel; from transformers import AutoModelForCausalLM, BitsAndBytesConfig"
+    film = Movie("title (year)", ("genre", "genre"))
+    history, described, shown = "", "What it was trained on is not known: it came without run.json.", "Not known."
+    if stage:
+        start = {"sft": " from the SFT adapter, which is its reference, too", "base": " from the base model, which is its reference, too"}
+        history = f", trained by {stage.upper()}" + (start.get(trained.get("init"), "") if stage == "dpo" else "")
+    if run:
+        names = [name for name in CARD_SETTINGS.get(stage, []) + CARD_SETTINGS["both"] if name in trained]
+        shown = ", ".join(f"{name} {plain(trained[name])}" for name in names) + ". All of them, versions and log: `run.json`."
+        described = (
+            f"{plain(data.get('train_pairs'))} pairs of {plain(Path(str(trained.get('pairs'))).name)} for training in {plain(run.get('steps'))} "
+            f"steps, {plain(data.get('validation_pairs'))} to watch it, {plain(data.get('test_pairs'))} held out."
+        )
+    measures, limits, index = "Not evaluated: how well it ranks is not known yet.", [], {}
+    if metrics is not None:
+        measures, results = card_measures(settings, arm, metrics)
+        index = {"model_name": plain(folder.absolute().name), "eval_results": results}
+        limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
+        limits += card_limits(arm, metrics)
+    text = CARD.format(
+        **{"kind": stage.upper() or "LoRA", "r": plain(lora.get("r")), "alpha": plain(lora.get("lora_alpha")), "precision": precision},
+        **{"base_model": settings.base_model, "history": history, "data": described, "measures": measures, "settings": shown},
+        **{"imports": imports + ("; from config import model_path" if small else ""), "base": base, "weights": weights},
+        note="; `config` is this project's, and fetches these weights" if small else "",
+        stem=STEM,
+        prompt=preference_row(Pair(("title (year)",) * 5, film, film), "A")["prompt"],
+        limits="".join(f"- {limit}.\n" for limit in limits),
+    )
+    return hub_card(settings, text, "lora", *([stage] if stage else []), library_name="peft", **index)
+
+
+def plain(value: Any) -> str:
+    """What somebody's file says, without what a reader of Markdown or HTML would obey."""
+    return re.sub(r"[^\w .,:;%()'+=-]", "_", str(value))
+
+
+def card_measures(settings: Settings, arm: str, metrics: dict[str, Any]) -> tuple[str, list[Any]]:
+    """An arm's measures as Markdown, and the main ones as the Hub's metadata has them."""
+    from huggingface_hub import EvalResult
+
+    arms, found = metrics["arms"], metrics["arms"][arm]
+    cells = {name: cell(found[name], unit) for name, (_, unit) in MEASURES.items() if found[name]["value"] is not None}
+    labels = {name: f"{label} ({unit})" if unit else label for name, (label, unit) in MEASURES.items()}
+    dataset = {"task_type": "text-generation", "dataset_type": "movielens", "dataset_name": "film pairs of held-out users, both orders"}
+    results = [EvalResult(**dataset, metric_type=name, metric_name=labels[name], metric_value=cells[name]) for name in ON_TERMINAL if name in cells]
+    beside = [name for name in ("popularity", "base", "sft", "dpo") if name in arms and name != arm]
+    lines = [
+        f"{metrics['users']:,} users held out by a hash, each pair in both orders of its options, on {PRECISIONS[settings.bits][0]} weights, "
+        f"computed in {'bfloat16' if settings.fast else 'float32'}; 95% intervals in brackets. Ranking accuracy "
+        "is what greedy decoding answers, response accuracy which whole response is likelier; guessing has 50%."
+        + (f" Means over the arm's {found['seeds']} training runs, of which this is one." if found["seeds"] > 1 else ""),
+        *("", "| measure | value |", "|---|---|", *(f"| {labels[name]} | {value} |" for name, value in cells.items()), ""),
+        "Ranking accuracy of others: " + ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside) + ".",
+        *(["", metrics["sentence"]] if arm in ("sft", "dpo") and "sentence" in metrics else []),
+    ]
+    return "\n".join(lines), results
+
+
+def card_limits(arm: str, metrics: dict[str, Any]) -> list[str]:
+    """The caveats that concern an arm, and how many of its decisions another precision keeps, where that was measured."""
+    found = caveats_of(arm, metrics)
+    if arm in ("sft", "dpo"):
+        found = [caveat for caveat in metrics.get("caveats", []) if not caveat.startswith("sft " if arm == "dpo" else "dpo ")]
+    kept = {name: value["precision_consistency"] for name, value in metrics["arms"].items() if name.startswith(f"{arm}@")}
+    return found + [f"on {name.partition('@')[2]} weights {cell(share, '%')}% of its decisions stay the same" for name, share in kept.items()]
+
+
+def write_card(folder: Path, *about: Any) -> str:
+    """Write an adapter's model card, about as `model_card` takes it; says in a line what was done, and never fails."""
+    path = folder / "README.md"
+    try:
+        if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+            return f"{path} is somebody's own text and stays as it is"
+        config.write_text(path, model_card(folder, *about))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return config.printable(f"warning: no model card in {folder}: {error!r}")
+    return f"model card: {path}"
+
+
+def is_generated(text: str) -> bool:
+    """Is this README.md ours, or as PEFT or TRL write it, so that nobody's work is lost with it?"""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    gap = "[More Information Needed]"
+    untouched = text.count(gap) == ModelCard.from_template(ModelCardData()).text.count(gap)
+    return CARD_MARK in text or untouched or "It has been trained using [TRL]" in text
 
 
 def plot_all(predictions: pd.DataFrame, metrics: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,8 @@
     python train_dpo.py                    # SFT where its adapter is missing, then DPO
     python train_dpo.py --check            # look at everything, train nothing
     python train_dpo.py --stage dpo --init base --beta 0.2
+    python train_dpo.py --push_to_hub NAME # publish the finished adapter with its model card
+    python train_dpo.py --merge DIR        # write it and its base as one 16-bit model
     python train_dpo.py --help             # all settings
 
 Pairs -> preference rows -> SFT on the chosen responses -> DPO on chosen against rejected -> an adapter folder with
@@ -25,7 +27,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ import numpy as np
 import config
 from config import TrainingSettings, UserError
 from data.pairs import STEM, Pair, ids_digest, preference_rows
-from data.trees import ancestor_mask, pad_trees, token_tree
+from data.trees import Tree, ancestor_mask, pad_trees, token_tree
 
 GIGABYTE = 1e9
 
@@ -43,6 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(TrainingSettings, arguments)
     config.quiet_libraries()
     train, test = config.load_split(settings)
+    final = config.adapter_folder(settings, "sft" if settings.stage == "sft" else "dpo")
+    check_sharing(final, settings, ids_digest(test))
+    if final.is_dir() and not settings.check and (settings.push_to_hub or settings.merge):
+        if settings.push_to_hub:
+            push(final, settings)
+        if settings.merge:
+            merge(final, settings, test)
+        return
     used, validation = hold_back(train, settings)
     rows = preference_rows(used, settings.option_order, settings.seed)
     validation_rows = preference_rows(validation, "both")
@@ -69,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does)")
     if settings.stage != "sft":
         train_stage("dpo", settings, rows, validation_rows, split, sft_adapter if settings.init == "sft" else None)
+    if settings.push_to_hub:
+        push(final, settings)
 
 
 def hold_back(train: list[Pair], settings: TrainingSettings) -> tuple[list[Pair], list[Pair]]:
@@ -215,22 +227,30 @@ RUN = "run.json"  # beside the checkpoints: what they are checkpoints of
 # These don't change what is trained, or are known by their content; a new setting counts.
 NOT_TRAINED = {
     *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
-    *("gradient_checkpointing", "eval_steps", "save_steps", "logging_steps", "report_to"),
+    *("gradient_checkpointing", "eval_steps", "save_steps", "logging_steps", "report_to", "push_to_hub", "merge"),
 }
 OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
 
 
 def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
     """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
-    counted = {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
     adapter_sha256 = config.file_sha256(initial_adapter / "adapter_model.safetensors")[:12] if initial_adapter else None
-    return counted | {
+    return trained_settings(stage, settings) | {
         "sha256 of the pairs": split["pairs_sha256"][:12],
         "sha256 of the SFT adapter": adapter_sha256,
         "backend": config.backend_of(settings),
         "compute dtype": str(config.training_dtype()),
         "processes": config.process_count(),
     }
+
+
+def trained_settings(stage: str, settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that decide what a stage trains."""
+    return {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(f"{name} {before.get(name)!r}, not {value!r}" for name, value in now.items() if before.get(name) != value)
 
 
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
@@ -247,10 +267,10 @@ def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -
     before: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    differing = [f"{name} {before.get(name)!r}, not {value!r}" for name, value in identity.items() if before.get(name) != value]
-    if differing and last_whole_checkpoint(folder):
+    others = differing(before, identity)
+    if others and last_whole_checkpoint(folder):
         raise UserError(
-            f"{folder} holds an unfinished run with {'; '.join(differing)}",
+            f"{folder} holds an unfinished run with {others}",
             "Run it with what it had, so that it goes on, or give --restart true to throw it away and start afresh.",
         )
     config.write_json(folder / RUN, identity)
@@ -354,6 +374,7 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
             described = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
             config.write_json(made / "adapter_config.json", described | {"base_model_name_or_path": settings.base_model})
             config.load_tokenizer(settings).save_pretrained(made)
+            (made / "README.md").unlink(missing_ok=True)  # PEFT's, all gaps and a path of this machine
             config.write_json(made / "run.json", run)
             plot_losses(run["log_history"], run["stage"], made / "loss.png")
     trainer.accelerator.wait_for_everyone()
@@ -776,6 +797,144 @@ def plot_losses(history: list[dict[str, float]], stage: str, path: Path) -> None
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------- sharing
+
+PAIRS_COMPARED = 32  # held-out pairs on which a merged model is compared with its adapter
+MERGED_CARD = """# {adapter}, merged into {base_model} in 16 bits
+
+What was trained and evaluated is the adapter on {bits}-bit weights. This is another model: {found}
+Evaluate it before you rely on it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+```"""
+
+
+def check_sharing(final: Path, settings: TrainingSettings, test_digest: str) -> None:
+    """Raise UserError for what would keep --push_to_hub or --merge from its end, before anything is trained."""
+    stage = "sft" if settings.stage == "sft" else "dpo"
+    if settings.merge and config.process_count() > 1:
+        raise UserError("--merge runs in one process", "Give it to python alone, after training.")
+    if settings.merge and not final.is_dir():
+        raise UserError(f"there is no adapter {final} to merge", "Train it first, with the same command without --merge.")
+    if settings.merge and holds_something_else(Path(settings.merge)):
+        raise UserError(f"{settings.merge} holds what --merge did not write", "Give --merge a new folder.")
+    if settings.push_to_hub:
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import validate_repo_id
+
+        with hub_errors(settings.push_to_hub):
+            validate_repo_id(settings.push_to_hub)
+            if get_token() is None:
+                raise UserError("there is no token to publish with", "Run: hf auth login, or set HF_TOKEN, with a token that may write.")
+            HfApi().whoami()
+    if final.is_dir() and (settings.push_to_hub or settings.merge):
+        problem = config.adapter_problem(final, settings, test_digest)
+        if not problem and (final / RUN).is_file():
+            trained, asked = json.loads((final / RUN).read_text(encoding="utf-8"))["settings"], trained_settings(stage, settings)
+            others = differing(asked | trained, asked)  # a setting that is newer than the run is no difference
+            problem = f"{final} was trained with {others}" if others else ""
+        if problem:
+            raise UserError(problem, "Give the settings that it was trained with, or train it anew without --push_to_hub and --merge.")
+
+
+def holds_something_else(folder: Path) -> bool:
+    """Is there a file, or a folder with anything in it, that --merge did not write?"""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads((folder / RUN).read_text(encoding="utf-8")).get("stage") == "merge":
+            return False
+    return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn what the Hub or its client says into an error with a remedy."""
+    import httpx
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        said = str(error).strip().partition("\n")[0]
+        remedy = "Mend this, and give the same command again: what is finished is not trained again."
+        raise UserError(f"cannot publish {name}: {said}", remedy) from error
+
+
+def push(adapter: Path, settings: TrainingSettings) -> None:
+    """Publish an adapter's folder; a card that evaluation has not written says that there was none."""
+    from huggingface_hub import HfApi
+
+    import evaluate_dpo
+
+    if not config.is_main_process():
+        return
+    card = adapter / "README.md"
+    if not card.is_file() or evaluate_dpo.CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        print(evaluate_dpo.write_card(adapter, settings))
+    with hub_errors(settings.push_to_hub):
+        repository = HfApi().create_repo(settings.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository.repo_id, folder_path=adapter, ignore_patterns=["*checkpoint-*"])
+    print(f"{adapter} -> {repository}")
+
+
+def merge(adapter: Path, settings: TrainingSettings, test: list[Pair]) -> None:
+    """Write base and adapter as one 16-bit model, whole or not at all, and say how far its scores are from the adapter's.
+
+    The sum is made in float32 and rounded to bfloat16; its scores are those of what was written.
+    """
+    import psutil
+    import torch
+
+    import evaluate_dpo
+
+    settings = dataclasses.replace(settings, backend="hf")
+    full = dataclasses.replace(settings, bits=16, base_model=config.original_name(settings.base_model))
+    free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
+    dtype = torch.float32 if free > 5 * config.parameter_count(full.base_model) else torch.bfloat16
+    model, tokenizer = config.load_model(settings, dtype)
+    trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in sorted(test, key=lambda pair: pair.pair_id)[:PAIRS_COMPARED]]
+    scores = [response_log_probs(evaluate_dpo.load_adapter(model, "default", adapter), trees)]
+    del model
+    free_memory()
+    with config.whole_folder(Path(settings.merge)) as made:
+        model, _ = config.load_model(full, torch.bfloat16)
+        evaluate_dpo.load_adapter(model, "default", adapter).merge_and_unload().save_pretrained(made)  # adds in float32
+        tokenizer.save_pretrained(made)
+        del model
+        free_memory()
+        model, _ = config.load_model(dataclasses.replace(full, base_model=str(made)), dtype)
+        scores.append(response_log_probs(model.eval(), trees))
+        difference = np.abs(scores[1] - scores[0])[..., 1]
+        one, other = (letters[..., 0, 0] > letters[..., 1, 0] for letters in scores)
+        compared = {
+            **{"pairs": len(trees), "decisions": one.size, "decisions_changed": int((one != other).sum())},
+            **{"largest_difference_nats": round(float(difference.max()), 4), "mean_difference_nats": round(float(difference.mean()), 4)},
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        }
+        found = (
+            f"on {len(trees)} held-out pairs in both orders the log-probabilities of responses differ by up to "
+            f"{difference.max():.2f} nats (mean {difference.mean():.2f}) from those of the adapter on {settings.bits}-bit weights, and "
+            f"{compared['decisions_changed']} of {one.size} decisions change."
+        )
+        names = {"adapter": adapter.name, "base_model": full.base_model, "bits": settings.bits}
+        text = MERGED_CARD.format(**names, found=found)
+        config.write_json(made / RUN, {"stage": "merge", **names, "compared": compared, **config.environment_facts()})
+        config.write_text(made / "README.md", evaluate_dpo.hub_card(full, text, library_name="transformers"))
+    print(f"{adapter} and {full.base_model} in 16 bits -> {settings.merge}\n{found}")
+
+
+def response_log_probs(model: Any, trees: Sequence[Tree]) -> np.ndarray:
+    """log p in nats, (pairs, orders, [chosen, rejected], [the option's letter, the response from there to its end])."""
+    import torch
+
+    import evaluate_dpo
+
+    with torch.inference_mode():
+        found = [(tree, next(evaluate_dpo.tree_log_probs(model, [tree]))) for tree in trees]
+    return np.array([[[(log_probs[path[0]], log_probs[path].sum()) for path in order] for order in tree.paths] for tree, log_probs in found])
 
 
 # ---------------------------------------------------------------------------------------------------- checks
