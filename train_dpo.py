@@ -180,7 +180,7 @@ def train_within_memory(
     share = settings.effective_batch // config.process_count()
     shared_prompt = stage == "dpo" and shares_prompt(settings)
     batch_size, checkpointing = config.fitting_batch_size(settings, share, row_tokens(stage, settings, rows), shared_prompt)
-    may_checkpoint = settings.gradient_checkpointing is None and config.cuda_present()
+    may_checkpoint = settings.gradient_checkpointing is None
     while True:
         settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing)
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it

@@ -191,3 +191,25 @@ def test_without_pip_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(UserError, match="cannot fetch"):
         config.fetch_wheel("made-up==1.0", "0" * 64, tmp_path)
+
+
+def test_micro_batch_and_checkpointing_follow_the_memory_of_the_card(monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    ).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+
+    def fitting(gigabytes, shared_prompt=True, share=8, **changes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 1e9, gigabytes * 1e9))
+        settings = config.preset_settings(TrainingSettings, "thesis", base_model=str(tmp_path), **changes)
+        return config.fitting_batch_size(settings, share, 260 if shared_prompt else 400, shared_prompt)
+
+    assert fitting(24) == (8, False), "Llama 3 8B on an RTX 3090, a prompt once"
+    assert fitting(24, shared_prompt=False) == (8, True)
+    assert fitting(8) == (8, True)
+    assert fitting(8, gradient_checkpointing=False) == (1, False), "as asked"
+    assert fitting(80, share=64) == (32, False)
+    assert fitting(24, batch_size=4) == (4, False) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True)

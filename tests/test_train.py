@@ -85,6 +85,8 @@ def test_dpo_from_sft_starts_at_the_sft_adapter_and_refers_to_it(training_flags)
     for name in trainable:
         assert torch.equal(after[name.replace(".default.", ".ref.")], saved[name.replace(".default", "")]), "the reference moved"
     assert any(not torch.equal(after[name], saved[name.replace(".default", "")]) for name in trainable)
+    with pytest.raises(UserError, match="which has --lora_rank 16 --lora_alpha 16\nGive --lora_rank 16 --lora_alpha 16, or train SFT anew"):
+        train_dpo.main([*training_flags, "--stage", "dpo", "--lora_rank", "4", "--lora_alpha", "8"])
 
 
 def test_loss_is_on_the_completion_only_and_every_row_keeps_its_boundary(training_flags):
@@ -178,7 +180,7 @@ def test_broken_pairs_train_nothing(training_flags, pairs_file, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_out_of_memory_halves_the_micro_batch_and_starts_again_cleanly(training_flags, monkeypatch, capsys):
+def test_out_of_memory_turns_on_checkpointing_then_halves_the_micro_batch_and_starts_again_cleanly(training_flags, monkeypatch, capsys):
     flags = [flag for flag in training_flags if flag != "2"]
     flags.remove("--batch_size")
     reference = [*flags, "--stage", "sft", "--batch_size", "1", "--outputs", training_flags[9] + "-reference"]
@@ -188,7 +190,7 @@ def test_out_of_memory_halves_the_micro_batch_and_starts_again_cleanly(training_
 
     def short_of_memory(*arguments):
         trainer, batch_size = build(*arguments), arguments[-1]
-        sizes.append((batch_size, trainer.args.gradient_accumulation_steps))
+        sizes.append((batch_size, trainer.args.gradient_accumulation_steps, trainer.args.gradient_checkpointing))
         step = trainer.training_step
 
         def training_step(*step_arguments, **named):
@@ -201,9 +203,9 @@ def test_out_of_memory_halves_the_micro_batch_and_starts_again_cleanly(training_
 
     monkeypatch.setattr(train_dpo, "build_trainer", short_of_memory)
     train_dpo.main([*flags, "--stage", "sft", "--batch_size", "4"])
-    assert sizes == [(4, 1), (2, 2), (1, 4)]
-    assert capsys.readouterr().out.count("out of memory; starting again") == 2
-    assert run_of(flags, "sft")["batch_size"] == 1
+    assert sizes == [(4, 1, False), (4, 1, True), (2, 2, True), (1, 4, True)]
+    assert capsys.readouterr().out.count("out of memory; starting again") == 3
+    assert (run_of(flags, "sft")["batch_size"], run_of(flags, "sft")["gradient_checkpointing"]) == (1, True)
     survived, undisturbed = (load_file(folder_of(case, "sft") / "adapter_model.safetensors") for case in (flags, reference))
     assert all(torch.equal(survived[name], undisturbed[name]) for name in survived)
 
