@@ -319,3 +319,15 @@ def test_every_fault_that_is_documented_is_shown_by_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in (config.ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
+
+
+def test_the_speeds_of_the_readme_are_those_that_were_measured():
+    records = json.loads((config.ROOT / "docs" / "results" / "gpu.json").read_text(encoding="utf-8"))
+
+    def best(backend, trainer):
+        found = [record["pairs_per_second"] for record in records if (record["backend"], record["trainer"]) == (backend, trainer) and "failed" not in record]
+        return f"{max(found):.0f}"
+
+    readme = " ".join((config.ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = "{} pairs a second where Unsloth's stock trainer does {} and transformers alone {} ("
+    assert said.format(best("unsloth", "shared"), best("unsloth", "stock"), best("hf", "stock")) in readme
