@@ -1055,7 +1055,7 @@ def card_measures(settings: Settings, arm: str, metrics: dict[str, Any]) -> tupl
     beside = [name for name in ("popularity", "base", "sft", "dpo") if name in arms and name != arm]
     lines = [
         f"{metrics['users']:,} users held out by a hash, each pair in both orders of its options, on {PRECISIONS[settings.bits][0]} weights, "
-        f"computed in {'bfloat16' if settings.fast else 'float32'}; 95% intervals in brackets. Ranking accuracy "
+        f"computed in {'less than float32 (--fast)' if settings.fast else 'float32'}; 95% intervals in brackets. Ranking accuracy "
         "is what greedy decoding answers, response accuracy which whole response is likelier; guessing has 50%."
         + (f" Means over the arm's {found['seeds']} training runs, of which this is one." if found["seeds"] > 1 else ""),
         *("", "| measure | value |", "|---|---|", *(f"| {labels[name]} | {value} |" for name, value in cells.items()), ""),
