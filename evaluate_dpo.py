@@ -790,11 +790,17 @@ ON_TERMINAL = {  # measure: heading
 }
 
 
+def table_cells(metrics: dict[str, Any]) -> pd.DataFrame:
+    """All arms (rows) and the main measures with 95% intervals (columns), as text."""
+    arms = metrics["arms"]
+    columns = {label: [cell(arms[arm][name], MEASURES[name][1]) for arm in arms] for name, label in ON_TERMINAL.items()}
+    return pd.DataFrame(columns, index=list(arms))
+
+
 def table(metrics: dict[str, Any]) -> str:
     """All arms and the main measures with 95% intervals, as aligned text."""
-    rows = [["arm", *ON_TERMINAL.values()]]
-    for arm, measures in metrics["arms"].items():
-        rows.append([arm, *(cell(measures[name], MEASURES[name][1]) for name in ON_TERMINAL)])
+    cells = table_cells(metrics)
+    rows = [["arm", *cells.columns], *([arm, *row] for arm, row in zip(cells.index, cells.to_numpy(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -1297,13 +1303,14 @@ def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known:
 
 
 def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
-    """Text as HTML with its genres marked: bold where they are among `own`, underlined otherwise."""
+    """Text as HTML, ↵ for an end of line, with its genres marked: bold where they are among `own`, underlined otherwise."""
+    text = re.sub(r"\s*\n\s*", " ↵ ", text.strip())
     pieces, end = [], 0
     for found in genres.finditer(text):
         tag = "b" if found[0] in own else "u"
         pieces += [html.escape(text[end : found.start()]), f"<{tag}>{html.escape(found[0])}</{tag}>"]
         end = found.end()
-    return "".join([*pieces, html.escape(text[end:])]).replace("\n", "<br>")
+    return "".join([*pieces, html.escape(text[end:])])
 
 
 def disagreements(predictions: pd.DataFrame | None, right: str, wrong: str) -> list[str]:

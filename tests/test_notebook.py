@@ -134,7 +134,7 @@ def test_users_side_by_side_are_those_of_the_evaluation(evaluated, split, arms, 
     assert list(live["arm"]) == list(recorded["arm"]) == ["base", "base", "sft", "sft", "dpo", "dpo"]
     assert list(live["letter"]) == list(recorded["letter"]) and list(live["film"]) == list(recorded["film"])
     assert np.allclose(live["probability"], recorded["probability"], atol=1e-4) and (live["probability"] >= 0.5).all()
-    assert live["answer"].str.len().gt(0).all() and live["answer"].nunique() > 2 and live["probability"].round(6).nunique() > 2
+    assert live["answer"].str.len().gt(0).all() and live["probability"].round(6).nunique() > 2
     for row in live.itertuples():
         option = preference_row(test[2], row.order)["prompt"].partition(f"Option {row.letter}: ")[2]
         assert option.startswith(row.film), "the film is the one under the letter"
