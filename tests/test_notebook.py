@@ -142,12 +142,12 @@ def test_users_side_by_side_are_those_of_the_evaluation(evaluated, split, arms, 
 
 def test_one_user_is_shown_escaped_with_the_cited_genres_marked():
     pair = make_pair(["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"], ("X & Y (1995)", "War|Sci-Fi"), ("Z (1996)", "Drama"))
-    answers = ["The better recommendation is Option A. Reasoning: War, not Drama <script>", "I like Drama."]
+    answers = ["The better recommendation is Option A. Reasoning: <i> War, not Drama <script>", "I like Drama."]
     rows = evaluate_dpo.choices("dpo", pair, np.array([1.0, 2.0]), answers)
     assert list(rows["letter"]) == ["A", "B"] and set(rows["film"]) == {"X & Y (1995)"}
     shown = evaluate_dpo.choices_html(pair, rows, evaluate_dpo.genre_pattern([pair]))
     assert "&lt;b&gt;One&lt;/b&gt; (1990)" in shown and "X &amp; Y (1995) (p = 0.73), <b>right</b>" in shown and "&lt;script&gt;" in shown
-    assert "<b>War</b>, not <u>Drama</u>" in shown and "I like <u>Drama</u>." in shown
+    assert "&lt;i&gt; <b>War</b>, not <u>Drama</u>" in shown and "I like <u>Drama</u>." in shown
     assert "<b>right" not in evaluate_dpo.choices_html(pair, rows, evaluate_dpo.genre_pattern([pair]), known=False)
     torn = evaluate_dpo.choices("sft", pair, np.array([-1.0, 0.5]), ["", ""])
     assert list(torn["letter"]) == ["B", "B"] and list(torn["film"]) == ["Z (1996)", "X & Y (1995)"]
