@@ -19,7 +19,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 import config
 from config import EvaluationSettings, Settings, UserError
-from data.pairs import ORDERS, STEM, Movie, Pair, ids_digest, preference_row, recommended
+from data.pairs import ORDERS, STEM, Movie, Pair, PairsError, ids_digest, preference_row, preference_rows, recommended
 from data.trees import Tree, ancestor_mask, pad_trees, token_tree
 
 SCHEMA_VERSION = 1  # of metrics.json, which docs/metrics.md describes
@@ -118,10 +118,7 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
     adapters, mismatches = find_adapters(settings, ids_digest(test))
     popularity = film_counts(train)
     nothing = np.full((len(test), 2), np.nan)
-    parts = [
-        frame(arm, "baseline", "", "own", test, popularity, decision, nothing)
-        for arm, decision in baseline_margins(train, test).items()
-    ]
+    parts = baseline_frames(train, test)
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]
     generated: list[pd.DataFrame] = []
     seconds: dict[str, float] = {}
@@ -191,23 +188,25 @@ def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = round(time.monotonic() - began, 1)
 
 
-def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, seed: int, description: str) -> list[list[str]]:
-    """Sampled answers to each prompt, [prompt][sample], at temperature 0.7 and top-p 0.95."""
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], samples: int | None, seed: int, description: str
+) -> list[list[str]]:
+    """Answers to each prompt, [prompt][sample]: sampled at temperature 0.7 and top-p 0.95; samples None is one greedy answer."""
     import torch
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     torch.manual_seed(seed)
     answers: list[list[str]] = []
+    sampling = {"do_sample": False} if samples is None else {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+    samples = samples or 1
     step = max(1, (256 if config.cuda_present() else 64) // samples)
-    for start in tqdm(range(0, len(prompts), step), desc=f"generating {description}", unit="batch", leave=False):
+    starts = range(0, len(prompts), step)
+    for start in tqdm(starts, desc=f"generating {description}", unit="batch", leave=False, disable=len(starts) == 1):
         text = tokenizer(prompts[start : start + step], return_tensors="pt", padding=True, padding_side="left").to(model.device)
         with torch.inference_mode():
             tokens = model.generate(
                 **text,
-                do_sample=True,
-                temperature=0.7,
-                top_p=0.95,
-                top_k=0,
+                **sampling,
                 max_new_tokens=96,
                 num_return_sequences=samples,
                 eos_token_id=tokenizer.eos_token_id,
@@ -224,8 +223,7 @@ def generation_rows(arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence
     own_genre: a genre of the recommended film is cited before the answer turns to the other option.
     foreign_genre: a genre is cited there that neither film has. Both are false where nothing is recommended.
     """
-    known = {genre for pair in pairs for film in (pair.preferred, pair.other) for genre in film.genres}
-    pattern = re.compile("|".join(rf"(?<![\w-]){re.escape(genre)}(?![\w-])" for genre in sorted(known, key=len, reverse=True)))
+    pattern = genre_pattern(pairs)
     rows = []
     for pair, order, texts in zip(pairs, orders, answers, strict=True):
         films = {order: pair.preferred, ORDERS[1 - ORDERS.index(order)]: pair.other}
@@ -238,6 +236,12 @@ def generation_rows(arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence
             answer = {"answer": letter or "", "own_genre": bool(cited & own), "foreign_genre": bool(neither), "text": text}
             rows.append({"arm": arm, "seed": seed, "pair_id": pair.pair_id, "order": order, "sample": sample} | answer)
     return pd.DataFrame(rows)
+
+
+def genre_pattern(pairs: Sequence[Pair]) -> re.Pattern[str]:
+    """Finds every genre that these pairs' films have, as a word of its own; the longer of two that begin alike."""
+    known = {genre for pair in pairs for film in (pair.preferred, pair.other) for genre in film.genres}
+    return re.compile("|".join(rf"(?<![\w-]){re.escape(genre)}(?![\w-])" for genre in sorted(known, key=len, reverse=True)))
 
 
 def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
@@ -350,7 +354,7 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
     is the same for the whole responses. The stem, which both begin with, cancels out of it.
     """
     import torch
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     began = time.monotonic()
     margins = np.zeros((2, len(trees), 2))
@@ -360,15 +364,20 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
     for users in tqdm(mine, desc=f"scoring {description}", unit="batch", leave=False, disable=not config.is_main_process()):
         with torch.inference_mode():
             for user, log_probs in zip(users, tree_log_probs(model, [trees[user] for user in users]), strict=True):
-                for order, (chosen, rejected) in enumerate(trees[user].paths):
-                    margins[0, user, order] = log_probs[chosen[0]] - log_probs[rejected[0]]
-                    margins[1, user, order] = log_probs[chosen].sum() - log_probs[rejected].sum()
+                margins[:, user] = tree_margins(trees[user], log_probs)
     if config.process_count() > 1:
         from accelerate.utils import gather_object
 
         margins = np.sum(gather_object([margins]), axis=0)  # 0 where another process scored
     print(f"scored {description}: {len(trees):,} users in {time.monotonic() - began:.1f} s", flush=True)
     return margins[0], margins[1]
+
+
+def tree_margins(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
+    """(decision and response margin, orders A and B) in nats, from the log p of a pair's nodes."""
+    decision = [log_probs[chosen[0]] - log_probs[rejected[0]] for chosen, rejected in tree.paths]
+    response = [log_probs[chosen].sum() - log_probs[rejected].sum() for chosen, rejected in tree.paths]
+    return np.array([decision, response])
 
 
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
@@ -420,6 +429,13 @@ def frame(
             "preferred_more_popular": np.repeat(["tie" if a == b else str(a > b).lower() for a, b in counts], 2),
         }
     )
+
+
+def baseline_frames(train: Sequence[Pair], test: Sequence[Pair]) -> list[pd.DataFrame]:
+    """Rows of predictions.csv for each baseline."""
+    popularity, nothing = film_counts(train), np.full((len(test), 2), np.nan)
+    margins = baseline_margins(train, test)
+    return [frame(arm, "baseline", "", "own", test, popularity, decision, nothing) for arm, decision in margins.items()]
 
 
 # ------------------------------------------------------------------------------------------------- baselines
@@ -794,11 +810,17 @@ ON_TERMINAL = {  # measure: heading
 }
 
 
+def table_cells(metrics: dict[str, Any]) -> pd.DataFrame:
+    """All arms (rows) and the main measures with 95% intervals (columns), as text."""
+    arms = metrics["arms"]
+    columns = {label: [cell(arms[arm][name], MEASURES[name][1]) for arm in arms] for name, label in ON_TERMINAL.items()}
+    return pd.DataFrame(columns, index=list(arms))
+
+
 def table(metrics: dict[str, Any]) -> str:
     """All arms and the main measures with 95% intervals, as aligned text."""
-    rows = [["arm", *ON_TERMINAL.values()]]
-    for arm, measures in metrics["arms"].items():
-        rows.append([arm, *(cell(measures[name], MEASURES[name][1]) for name in ON_TERMINAL)])
+    cells = table_cells(metrics)
+    rows = [["arm", *cells.columns], *([arm, *row] for arm, row in zip(cells.index, cells.to_numpy(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -1095,50 +1117,47 @@ def is_generated(text: str) -> bool:
     return CARD_MARK in text or untouched or "It has been trained using [TRL]" in text
 
 
-def plot_all(predictions: pd.DataFrame, metrics: dict[str, Any], folder: Path) -> None:
-    """Write every figure that these predictions allow, as PNG and PDF."""
+FIGURE_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def plot_all(predictions: pd.DataFrame | None, metrics: dict[str, Any], folder: Path) -> None:
+    """Write every figure that these results allow, as PNG and PDF."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with matplotlib.rc_context(FIGURE_STYLE), config.whole_folder(folder) as made:
+        for name, figure in draw_all(predictions, metrics).items():
+            for ending in ("png", "pdf"):
+                figure.savefig(made / f"{name}.{ending}", dpi=200)
 
+
+def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Every figure that these results allow, by name; without predictions, those that metrics.json holds."""
     everyone = list(metrics["arms"])
     models = [arm for arm in everyone if metrics["arms"][arm]["kind"] == "model"]
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
-        figures = {
-            "accuracy": draw_measures(
-                metrics, everyone, ["ranking_accuracy", "response_accuracy"], ["ranking", "response"], "accuracy, %", 50
-            ),
-            "popularity": draw_measures(
-                metrics,
-                everyone,
-                ["accuracy_with_popularity", "accuracy_against_popularity"],
-                ["preferred film more popular", "less popular"],
-                "ranking accuracy, %",
-                50,
-            ),
-            "position_bias": draw_measures(
-                metrics, models, ["position_bias"], [""], "position bias, A - B, points", 0
-            ),
+    both = ["ranking_accuracy", "response_accuracy"], ["ranking", "response"]
+    popular = ["accuracy_with_popularity", "accuracy_against_popularity"], ["preferred film more popular", "less popular"]
+    figures = {
+        "accuracy": draw_measures(metrics, everyone, *both, "accuracy, %", 50),
+        "popularity": draw_measures(metrics, everyone, *popular, "ranking accuracy, %", 50),
+        "position_bias": draw_measures(metrics, models, ["position_bias"], [""], "position bias, A - B, points", 0),
+    }
+    if predictions is not None:
+        figures |= {
             "reliability": draw_reliability(predictions, models),
             "margins": draw_margins(predictions),
             "seeds": draw_seeds(predictions),
         }
-        with config.whole_folder(folder) as made:
-            for name, figure in figures.items():
-                if figure is not None:
-                    for ending in ("png", "pdf"):
-                        figure.savefig(made / f"{name}.{ending}", dpi=200)
-                    plt.close(figure)
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def draw_measures(
     metrics: dict[str, Any], arms: Sequence[str], measures: Sequence[str], labels: Sequence[str], axis_label: str, middle: float
 ) -> Any:
     """One row an arm: measures with their 95% intervals."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(3.5, 0.28 * len(arms) + 0.9), layout="constrained")
+    figure = Figure(figsize=(3.5, 0.28 * len(arms) + 0.9), layout="constrained")
+    axis = figure.subplots()
     for number, (measure, label) in enumerate(zip(measures, labels, strict=True)):
         shown = [(row, metrics["arms"][arm][measure]) for row, arm in enumerate(arms)]
         shown = [(row, found) for row, found in shown if found["value"] is not None]
@@ -1159,9 +1178,10 @@ def draw_measures(
 
 def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Any:
     """How often Option A is right against p(Option A), in 15 bins; the diagonal is perfect calibration."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axis = plt.subplots(figsize=(3.5, 3.0), layout="constrained")
+    figure = Figure(figsize=(3.5, 3.0), layout="constrained")
+    axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
     own = predictions[predictions["history"] == "own"]
     for number, arm in enumerate(arms):
@@ -1179,15 +1199,21 @@ def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Any:
     return figure
 
 
+def margins_by_user(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Decision margins in nats, mean over orders and seeds, (users, arms)."""
+    own = predictions[predictions["history"] == "own"]
+    return own.pivot_table(index="pair_id", columns="arm", values="decision_margin", aggfunc="mean")
+
+
 def draw_margins(predictions: pd.DataFrame) -> Any:
     """Decision margins of DPO against SFT, one point a user (mean over orders and seeds)."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    own = predictions[(predictions["history"] == "own") & predictions["arm"].isin(("sft", "dpo"))]
-    wide = own.pivot_table(index="pair_id", columns="arm", values="decision_margin", aggfunc="mean")
+    wide = margins_by_user(predictions)
     if not {"sft", "dpo"} <= set(wide):
         return None
-    figure, axis = plt.subplots(figsize=(3.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(3.5, 3.2), layout="constrained")
+    axis = figure.subplots()
     axis.scatter(wide["sft"], wide["dpo"], s=6, color="black", alpha=0.35, linewidths=0)
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
@@ -1200,19 +1226,350 @@ def draw_margins(predictions: pd.DataFrame) -> Any:
 
 def draw_seeds(predictions: pd.DataFrame) -> Any:
     """Ranking accuracy of each training run, where an arm has several."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     own = predictions[(predictions["history"] == "own") & (predictions["kind"] == "model")]
     accuracy = (100 * own.assign(right=wins(own["decision_margin"].to_numpy())).groupby(["arm", "seed"], sort=False)["right"].mean()).reset_index()
     if not accuracy.duplicated("arm").any():
         return None
     arms = list(dict.fromkeys(accuracy["arm"]))
-    figure, axis = plt.subplots(figsize=(3.5, 0.28 * len(arms) + 0.8), layout="constrained")
+    figure = Figure(figsize=(3.5, 0.28 * len(arms) + 0.8), layout="constrained")
+    axis = figure.subplots()
     axis.scatter(accuracy["right"], accuracy["arm"].map(arms.index), s=16, facecolors="none", edgecolors="black")
     axis.axvline(50, color="0.8", linewidth=0.8, zorder=0)
     axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="ranking accuracy of each seed, %")
     axis.invert_yaxis()
     return figure
+
+
+# ---------------------------------------------------------------------------------------- what the notebook shows
+
+PUBLISHED = (Path("docs/results"), Path("docs/results/small"))
+
+
+def or_say(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call returns; where the user must mend something first, None, and what and how is printed."""
+    try:
+        return call(*arguments)
+    except (UserError, PairsError) as error:
+        print(config.printable(str(error)))
+        return None
+
+
+def results_folder(evaluation: Path) -> Path:
+    """This folder if it holds an evaluation, else that of the published experiment."""
+    return next(folder for folder in (evaluation, *PUBLISHED) if (folder / "metrics.json").is_file())
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
+    """(metrics.json, rows of predictions.csv or predictions.csv.gz; None where neither is there).
+
+    Raises:
+        UserError: they are of another version.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder}/metrics.json is of another version",
+            f"Make it anew with: python evaluate_dpo.py --from_predictions {folder}/predictions.csv",
+        )
+    files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
+    return metrics, read_predictions(files[0]) if files else None
+
+
+def training_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """run.json of each training run by name, SFT first: of the adapters that were evaluated, or published beside the results."""
+    files = {path.name.removesuffix(".run.json"): path for path in (*folder.glob("*.run.json"), *folder.glob("runs/*.run.json"))}
+    if (folder / "run.json").is_file():
+        adapters = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapters"]
+        files |= {f"{arm} {seed}".strip(): Path(path) / "run.json" for arm, seeds in adapters.items() for seed, path in seeds.items()}
+    runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in sorted(files.items()) if path.is_file()}
+    return dict(sorted(runs.items(), key=lambda run: run[1]["stage"] != "sft"))
+
+
+def runs_table(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row a training run: what was trained, on how much, and how it went."""
+    rows = {}
+    for name, run in runs.items():
+        settings = run["settings"]
+        rows[name] = {
+            "stage": run["stage"],
+            "base model": settings["base_model"],
+            "seed": settings["seed"],
+            "rows": run["rows"],
+            "steps": run["steps"],
+            "learning rate": settings["sft_learning_rate" if run["stage"] == "sft" else "learning_rate"],
+            "first loss": round(run["first_loss"], 4),
+            "last loss": round(run["last_loss"], 4),
+            "minutes": round(run["train_seconds"] / 60, 1),
+            "device": run["device"],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def settings_of(folder: Path, runs: dict[str, dict[str, Any]], outputs: str) -> EvaluationSettings:
+    """The settings that results were made with, from run.json or a training run; else the preset that fits this machine.
+
+    outputs: where adapters lie on this machine. A pairs file that lay elsewhere is looked for in data/.
+    """
+    made = [json.loads((folder / "run.json").read_text(encoding="utf-8"))] if (folder / "run.json").is_file() else []
+    saved = next((run["settings"] for run in (*made, *runs.values())), {"preset": "thesis" if config.cuda_present() else "small"})
+    names = {setting.name for setting in dataclasses.fields(EvaluationSettings)} - {"preset", "outputs"}
+    settings = config.preset_settings(
+        EvaluationSettings, saved["preset"], outputs=outputs, **{name: saved[name] for name in names & saved.keys()}
+    )
+    here = Path("data") / Path(settings.pairs).name
+    return settings if Path(settings.pairs).is_file() or not here.is_file() else dataclasses.replace(settings, pairs=str(here))
+
+
+def describe_pairs(train: Sequence[Pair], test: Sequence[Pair], seed: int) -> pd.DataFrame:
+    """Both parts of the data in figures. Letters are balanced in training by a draw from the seed, in the test by both orders."""
+    watched = film_counts(train)
+    shown = {"training": "balanced", "test": "both"}
+    columns = {}
+    for (name, order), pairs in zip(shown.items(), (train, test), strict=True):
+        films = [film for pair in pairs for film in (pair.preferred, pair.other)]
+        letters = [recommended(row["chosen"]) for row in preference_rows(pairs, order, seed)]
+        columns[name] = {
+            "pairs": f"{len(pairs):,}",
+            "users": f"{len({pair.user_id for pair in pairs}):,}",
+            "different films as options": f"{len({film.title for film in films}):,}",
+            "genres a film, mean": f"{np.mean([len(film.genres) for film in films]):.2f}",
+            "preferred film is Option A in the file, %": f"{100 * np.mean([pair.order == 'A' for pair in pairs]):.1f}",
+            "preferred film is Option A as models see it, %": f"{100 * np.mean([letter == 'A' for letter in letters]):.1f}",
+            "preferred film is the more popular one, %": "{:.1f}".format(
+                100 * np.mean([watched[pair.preferred.title] > watched[pair.other.title] for pair in pairs])
+            ),
+        }
+    return pd.DataFrame(columns)
+
+
+def draw_genres(pairs: Sequence[Pair]) -> Any:
+    """Share of the preferred and of the other films that have each genre."""
+    from matplotlib.figure import Figure
+
+    kinds = {"preferred film": [pair.preferred for pair in pairs], "other film": [pair.other for pair in pairs]}
+    counts = {kind: Counter(genre for film in films for genre in film.genres) for kind, films in kinds.items()}
+    genres = [genre for genre, _ in sum(counts.values(), Counter()).most_common()]
+    figure = Figure(figsize=(3.5, 0.17 * len(genres) + 0.9), layout="constrained")
+    axis = figure.subplots()
+    for (kind, found), style in zip(counts.items(), ({"color": "black"}, {"facecolors": "none", "edgecolors": "black"}), strict=True):
+        axis.scatter([100 * found[genre] / len(pairs) for genre in genres], range(len(genres)), s=12, label=kind, **style)
+    axis.set(yticks=range(len(genres)), yticklabels=genres, xlabel="share of the films that have the genre, %", xlim=(0, None))
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+    return figure
+
+
+def draw_popularity(train: Sequence[Pair]) -> Any:
+    """Which share of the preferred and of the other films was watched by at most so many training users."""
+    from matplotlib.figure import Figure
+
+    watched = film_counts(train)
+    figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.ecdf([watched[pair.preferred.title] for pair in train], color="black", label="preferred film")
+    axis.ecdf([watched[pair.other.title] for pair in train], color="black", linestyle="--", label="other film")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="training users who watched the film, at most", ylabel="share of the films", ylim=(0, 1))
+    axis.legend()
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """One base model that holds the adapters of several arms; the arm `base` is all of them switched off."""
+
+    model: Any
+    tokenizer: Any
+    names: tuple[str, ...]
+
+    @contextlib.contextmanager
+    def switched_to(self, arm: str) -> Iterator[Any]:
+        """The model as this arm."""
+        with self.model.disable_adapter() if arm == "base" else contextlib.nullcontext():
+            if arm != "base":
+                self.model.set_adapter(arm)
+            yield self.model
+
+
+def load_arms(settings: EvaluationSettings, test: Sequence[Pair]) -> Arms:
+    """The base model, once, with the first adapter each of the arms sft and dpo.
+
+    Raises:
+        UserError: as predict.
+    """
+    adapters, mismatches = find_adapters(settings, ids_digest(test))
+    print("".join(f"mismatch: {mismatch}\n" for mismatch in mismatches), end="")
+    model, tokenizer = config.load_model(settings, scoring_dtype(settings.fast))
+    names = [arm for arm in ("sft", "dpo") if arm in adapters]
+    for arm in names:
+        model = load_adapter(model, arm, next(iter(adapters[arm].values())))
+    return Arms(model, tokenizer, ("base", *names))
+
+
+def predict_with(arms: Arms, train: Sequence[Pair], test: Sequence[Pair], batch_users: int) -> pd.DataFrame:
+    """Rows of predictions.csv for these test pairs under the baselines and the arms that are loaded."""
+    parts = baseline_frames(train, test)
+    trees = [pair_tree(pair, arms.tokenizer) for pair in test]
+    for arm in arms.names:
+        with arms.switched_to(arm) as model:
+            margins = score(model, trees, batch_users, arm)
+        parts.append(frame(arm, "model", "", "own", test, film_counts(train), *margins))
+    return pd.concat(parts, ignore_index=True)
+
+
+def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
+    """What every arm makes of one pair: rows of `choices`, first without answers, then again as each arm has answered.
+
+    An answer is what greedy decoding writes after the prompt of its order; it takes much longer than the choice.
+    """
+    import torch
+
+    tree = pair_tree(pair, arms.tokenizer)
+    prompts = [preference_row(pair, order)["prompt"] for order in ORDERS]
+    parts = []
+    for arm in arms.names:
+        with arms.switched_to(arm) as model, torch.inference_mode():
+            [log_probs] = tree_log_probs(model, [tree])
+        parts.append(choices(arm, pair, tree_margins(tree, log_probs)[0], ["", ""]))
+    rows = pd.concat(parts, ignore_index=True)
+    yield rows
+    for arm in arms.names:
+        with arms.switched_to(arm) as model:
+            answers = generate_answers(model, arms.tokenizer, prompts, None, 0, arm)
+        rows.loc[rows["arm"] == arm, "answer"] = [text for [text] in answers]
+        yield rows
+
+
+def recorded_choices(predictions: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """What the arms that are models made of one pair when they were evaluated (each one's first seed), without answers."""
+    rows = predictions[(predictions["pair_id"] == pair.pair_id) & (predictions["history"] == "own") & (predictions["kind"] == "model")]
+    rows = rows.drop_duplicates(["arm", "order"]).sort_values("order", kind="stable")
+    parts = [choices(arm, pair, found["decision_margin"].to_numpy(), ["", ""]) for arm, found in rows.groupby("arm", sort=False)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def choices(arm: str, pair: Pair, decision: np.ndarray, answers: Sequence[str]) -> pd.DataFrame:
+    """One row an order: what an arm recommends, and its answer.
+
+    decision: decision margins in nats, (orders A and B); a row holds its own as `margin`, and as `probability` that of
+    the letter which it recommends, p(letter) / (p(A) + p(B)).
+    """
+    rows = []
+    for order, margin, text in zip(ORDERS, decision, answers, strict=True):
+        letter = order if margin > 0 else ORDERS[1 - ORDERS.index(order)]
+        film = pair.preferred if margin > 0 else pair.other
+        probability = float(1 / (1 + np.exp(-abs(margin))))
+        row = {"arm": arm, "order": order, "letter": letter, "film": film.title, "margin": margin, "probability": probability}
+        rows.append(row | {"answer": text})
+    return pd.DataFrame(rows)
+
+
+def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known: bool = True) -> str:
+    """One pair and the rows of `choices` as HTML; all text of others is escaped.
+
+    In an answer, genres of the film that it recommends are bold, any other genre is underlined.
+    known: the preferred film was watched next; if not, it is only the first of two.
+    """
+
+    def named(film: str, extra: str = "") -> str:
+        right = "" if not known else ", <b>right</b>" if film == pair.preferred.title else ", <b>wrong</b>"
+        return html.escape(film) + extra + right
+
+    first, second = ("the film watched next", "the other film") if known else ("film 1", "film 2")
+    left = "text-align:left; vertical-align:top"
+    lines = ["<p><b>history</b>: " + "; ".join(map(html.escape, pair.history)) + "</p>"]
+    lines += [f"<p><b>{role}</b>: {html.escape(str(film))}</p>" for role, film in ((first, pair.preferred), (second, pair.other))]
+    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:3em"></th>')
+    lines += [f'<th style="{left}">with {first} as Option {order}</th>' for order in ORDERS]
+    lines.append(f'<th style="{left}; width:11em">both orders together</th>')
+    for arm, found in rows.groupby("arm", sort=False):
+        lines.append(f'</tr><tr><td style="{left}"><b>{html.escape(arm)}</b></td>')
+        for row in found.itertuples():
+            shown = {row.order: pair.preferred, ORDERS[1 - ORDERS.index(row.order)]: pair.other}
+            says = recommended(row.answer)
+            answer = marked(row.answer, set(shown[says].genres) if says else set(), genres)
+            lines.append(f'<td style="{left}"><b>{row.letter}</b>: {named(row.film, f" (p = {row.probability:.2f})")}<br>{answer}</td>')
+        lines.append(f'<td style="{left}">{named((pair.preferred if found["margin"].sum() > 0 else pair.other).title)}</td>')
+    return '<div class="tex2jax_ignore">' + "\n".join([*lines, "</tr></table>"]) + "</div>"
+
+
+def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
+    """Text as HTML, ↵ for an end of line, with its genres marked: bold where they are among `own`, underlined otherwise."""
+    text = re.sub(r"\s*\n\s*", " ↵ ", text.strip())
+    pieces, end = [], 0
+    for found in genres.finditer(text):
+        tag = "b" if found[0] in own else "u"
+        pieces += [html.escape(text[end : found.start()]), f"<{tag}>{html.escape(found[0])}</{tag}>"]
+        end = found.end()
+    return "".join([*pieces, html.escape(text[end:])])
+
+
+def disagreements(predictions: pd.DataFrame | None, right: str, wrong: str) -> list[str]:
+    """The pair_ids of users whom one arm gets right and another wrong, orders and seeds taken together; the clearest first."""
+    margins = pd.DataFrame() if predictions is None else margins_by_user(predictions)
+    if not {right, wrong} <= set(margins):
+        return []
+    found = margins[(margins[right] > 0) & (margins[wrong] < 0)]
+    return list((found[wrong] - found[right]).sort_values(kind="stable").index)
+
+
+def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bool) -> dict[str, list[str]]:
+    """pair_ids of the test users who can be shown, by what the arms made of them; live: the arms are loaded."""
+    recorded = set() if predictions is None else set(predictions["pair_id"])
+    shown = [pair.pair_id for pair in test if live or pair.pair_id in recorded]
+    groups = {
+        "SFT right, DPO wrong": disagreements(predictions, "sft", "dpo"),
+        "DPO right, SFT wrong": disagreements(predictions, "dpo", "sft"),
+    }
+    return {"all test users": shown} | {name: [user for user in users if user in set(shown)] for name, users in groups.items()}
+
+
+def user_picker(show: Callable[[str], None], groups: dict[str, list[str]]) -> Any:
+    """A widget to choose a group of users and one of them; what show(pair_id) displays stands below.
+
+    Raises:
+        UserError: ipywidgets is not installed.
+    """
+    widgets = import_widgets()
+    group = widgets.Dropdown(description="users", options=[(f"{name} ({len(users):,})", users) for name, users in groups.items() if users])
+    user = widgets.Dropdown(description="user", options=group.value)
+    group.observe(lambda change: setattr(user, "options", change["new"]), "value")
+    return widgets.VBox([widgets.HBox([group, user]), widgets.interactive_output(lambda pair_id: show(pair_id), {"pair_id": user})])
+
+
+def own_pair_box(show: Callable[..., None], history: Sequence[str], one: tuple[str, str], other: tuple[str, str]) -> Any:
+    """A widget to write a history and two films, beginning with those given; show(history, one, other) stands below.
+
+    Raises:
+        UserError: ipywidgets is not installed.
+    """
+    widgets = import_widgets()
+    wide = {"layout": widgets.Layout(width="40em"), "style": {"description_width": "8em"}}
+    titles = widgets.Textarea("\n".join(history), description="five films", rows=len(history) + 1, **wide)
+    films = [
+        (widgets.Text(film[0], description=f"film {number}", **wide), widgets.Text(film[1], description="its genres", **wide))
+        for number, film in enumerate((one, other), start=1)
+    ]
+    button, output = widgets.Button(description="Compare"), widgets.Output()
+
+    def compare(_: Any) -> None:
+        output.clear_output(wait=True)
+        with output:
+            show(titles.value.splitlines(), *((title.value, genres.value) for title, genres in films))
+
+    button.on_click(compare)
+    return widgets.VBox([titles, *(field for film in films for field in film), button, output])
+
+
+def import_widgets() -> Any:
+    try:
+        import ipywidgets
+    except ImportError:
+        raise UserError("ipywidgets is not installed", "Install it with pip, or call the functions with arguments of your own.") from None
+    return ipywidgets
 
 
 if __name__ == "__main__":

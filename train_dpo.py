@@ -778,16 +778,18 @@ def peak_memory() -> float:
 
 
 def plot_losses(history: list[dict[str, float]], stage: str, path: Path) -> None:
-    """Draw the log: loss on training and held-out pairs and, for DPO, reward margin and reward accuracy."""
-    import matplotlib
+    draw_losses(history, stage).savefig(path, dpi=150)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def draw_losses(history: list[dict[str, float]], stage: str) -> Any:
+    """The log as a figure: loss on training and held-out pairs and, for DPO, reward margin and reward accuracy."""
+    from matplotlib.figure import Figure
 
     panels = {"loss": "loss"}
     if stage == "dpo":
         panels |= {"rewards/margins": "reward margin (nats)", "rewards/accuracies": "reward accuracy"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.5 * len(panels), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, label) in zip(axes[0], panels.items(), strict=True):
         for prefix, style, who in (("", "-", "training"), ("eval_", "o--", "held out")):
             points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
@@ -795,8 +797,7 @@ def plot_losses(history: list[dict[str, float]], stage: str, path: Path) -> None
                 axis.plot(*zip(*points, strict=True), style, color="black" if prefix else "tab:blue", label=who, markersize=4)
         axis.set(xlabel="step", ylabel=label)
     axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------- sharing

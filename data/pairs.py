@@ -122,14 +122,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
         PairsError: a pair would not be read back as it is, such as one whose title holds `. Option B: `.
     """
     path = Path(path)
-    lines = []
-    for pair in pairs:
-        row = preference_row(pair, pair.order)
-        text = {"instruction": INSTRUCTION, "input": _input_text(pair, pair.order), "output": row["chosen"]}
-        line = json.dumps(text, ensure_ascii=False)
-        if _parse_line(line.encode("utf-8", "surrogatepass")) != pair:
-            raise PairsError(f"this pair cannot be written in the pairs format: {pair!r}")
-        lines.append(line + "\n")
+    lines = [_as_line(pair) for pair in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -137,6 +130,18 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[str, str]) -> Pair:
+    """A pair of one's own, from titles with their year and, for each film, its (title, genres as `Action|Crime`).
+
+    Raises:
+        PairsError: a line of a pairs file could not hold it, such as a history of four films; the message says why.
+    """
+    films = [Movie(title.strip(), tuple(genre.strip() for genre in genres.split("|"))) for title, genres in (preferred, other)]
+    pair = Pair(tuple(title.strip() for title in history if title.strip()), *films)
+    _as_line(pair)
+    return pair
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
@@ -210,6 +215,15 @@ def _digest(*parts: str) -> str:
 def _input_text(pair: Pair, order: str) -> str:
     first, second = (pair.preferred, pair.other) if order == "A" else (pair.other, pair.preferred)
     return f"History: {', '.join(pair.history)}. Option A: {first}. Option B: {second}."
+
+
+def _as_line(pair: Pair) -> str:
+    row = preference_row(pair, pair.order)
+    text = {"instruction": INSTRUCTION, "input": _input_text(pair, pair.order), "output": row["chosen"]}
+    line = json.dumps(text, ensure_ascii=False)
+    if _parse_line(line.encode("utf-8", "surrogatepass")) != pair:
+        raise PairsError(f"this pair cannot be written in the pairs format: {pair!r}")
+    return line + "\n"
 
 
 def _response(letter: str, film: Movie, contrary: str, against: Movie) -> str:

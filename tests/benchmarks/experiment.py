@@ -320,7 +320,7 @@ def draw_ablations(metrics: dict, found: dict, path: Path) -> None:
                             continue
                         x = place + 0.24 * shift + (0.1 if fill == "none" else 0) - 0.17
                         value, low, high = (values[measure][name] for name in ("value", "low", "high"))
-                        label = f"{stage.upper()}, {measure.partition('_')[0]}" if place == len(points) - 1 and axis is axes[0, 0] else None
+                        label = f"{stage.upper()}, {measure.partition('_')[0]}"
                         axis.errorbar(x, value, [[value - low], [high - value]], fmt=style, fillstyle=fill, color=color, capsize=2, markersize=4, label=label)
             axis.axhline(50, color="0.85", linewidth=0.8, zorder=0)
             axis.set(title=title, xticks=range(len(points)), xticklabels=[label for label, _ in points], xlim=(-0.6, len(points) - 0.4))
