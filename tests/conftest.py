@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # enough for a tiny model, and not slowed down by what else the machine does
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
@@ -39,17 +40,6 @@ def pairs_file(tmp_path: Path, pairs: list[Pair]) -> Path:
     path = tmp_path / "pairs.jsonl"
     write_pairs(path, pairs)
     return path
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Enough for a tiny model, and not slowed down by what else the machine does."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

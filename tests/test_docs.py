@@ -126,7 +126,7 @@ def test_every_mentioned_command_is_accepted(document, line, ratings, tmp_path, 
     parse(shlex.split(line), "small", monkeypatch)
 
 
-def test_the_blocks_that_need_no_gpu_run_one_after_the_other(ratings, tiny_model, one_thread, tmp_path, monkeypatch, capsys):
+def test_the_blocks_that_need_no_gpu_run_one_after_the_other(ratings, tiny_model, tmp_path, monkeypatch, capsys):
     """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one.
 
     What makes the environment and what opens it (venv, pip, pytest, jupyter) is left to `.ci/run`.

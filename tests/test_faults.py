@@ -25,8 +25,6 @@ from data import build_pairs
 from data import pairs as pairs_module
 from data.pairs import Movie, Pair, PairsError, load_pairs, write_pairs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def error_of(run, capsys) -> str:
     """The error that a script's main function ends with: two lines, exit code 2, no traceback."""

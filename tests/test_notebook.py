@@ -18,7 +18,6 @@ from conftest import make_pairs
 from data.pairs import PairsError, make_pair, preference_row, write_pairs
 
 NOTEBOOK = config.ROOT / "dpo_comparison.ipynb"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def outputs_of(notebook, kind):

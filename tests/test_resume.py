@@ -17,8 +17,6 @@ import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings, UserError, parse_settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Runs train_dpo.py and kills its own process, as `kill -9` does, at one moment: in the named stage when the given
 # step has been done, in the middle of writing that step's checkpoint, or in the middle of the final save.
 DRIVER = """

@@ -21,7 +21,7 @@ from config import EvaluationSettings, UserError, preset_settings
 from conftest import make_pairs
 from data.pairs import write_pairs
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
