@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 if TYPE_CHECKING:
     import torch
@@ -497,7 +498,7 @@ def user_measures(
         their means. A tie counts one half in accuracies, and is no consistent choice.
     """
     right, right_response = wins(decision), wins(response)
-    probability = 1 / (1 + np.exp(-decision))
+    probability = expit(decision)
     single = {
         "ranking_accuracy": right.mean(axis=1),
         "response_accuracy": right_response.mean(axis=1),
@@ -524,7 +525,7 @@ def calibration_columns(decision: np.ndarray, bins: int = 15) -> np.ndarray:
     p(Option A) is sigma(d) where the preferred film is Option A and sigma(-d) where it is Option B. The absolute
     means summed over bins are the expected calibration error (Naeini et al. 2015).
     """
-    p_a = 1 / (1 + np.exp(-decision * np.array([1, -1])))
+    p_a = expit(decision * np.array([1, -1]))
     right = np.broadcast_to([1.0, 0.0], decision.shape)
     index = np.minimum((p_a * bins).astype(int), bins - 1)
     return np.stack([((right - p_a) * (index == number)).mean(axis=1) for number in range(bins)], axis=1)
@@ -1187,7 +1188,7 @@ def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Any:
     for number, arm in enumerate(arms):
         rows = own[own["arm"] == arm]
         is_a = (rows["order"] == "A").to_numpy()
-        p_a = 1 / (1 + np.exp(-rows["decision_margin"].to_numpy() * np.where(is_a, 1, -1)))
+        p_a = expit(rows["decision_margin"].to_numpy() * np.where(is_a, 1, -1))
         bins = pd.DataFrame({"p": p_a, "right": is_a}).groupby(np.minimum((p_a * 15).astype(int), 14))
         bins = bins.agg(p=("p", "mean"), right=("right", "mean"), count=("p", "size"))
         bins = bins[bins["count"] >= 10]
@@ -1461,7 +1462,7 @@ def choices(arm: str, pair: Pair, decision: np.ndarray, answers: Sequence[str]) 
     for order, margin, text in zip(ORDERS, decision, answers, strict=True):
         letter = order if margin > 0 else ORDERS[1 - ORDERS.index(order)]
         film = pair.preferred if margin > 0 else pair.other
-        probability = float(1 / (1 + np.exp(-abs(margin))))
+        probability = float(expit(abs(margin)))
         row = {"arm": arm, "order": order, "letter": letter, "film": film.title, "margin": margin, "probability": probability}
         rows.append(row | {"answer": text})
     return pd.DataFrame(rows)
