@@ -21,6 +21,7 @@ import pytest
 import config
 import evaluate_dpo
 import train_dpo
+from benchmarks import experiment
 from config import EvaluationSettings, TrainingSettings
 from data import build_pairs
 
@@ -331,3 +332,13 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     readme = " ".join((config.ROOT / "README.md").read_text(encoding="utf-8").split())
     said = "{} pairs a second where Unsloth's stock trainer does {} and transformers alone {} ("
     assert said.format(best("unsloth", "shared"), best("unsloth", "stock"), best("hf", "stock")) in readme
+
+
+def test_the_tables_of_the_study_are_those_of_its_files():
+    results = config.ROOT / "docs" / "results"
+    if not (results / "predictions.csv.gz").exists():
+        pytest.skip("the study has not been run")
+    page = (results / "README.md").read_text(encoding="utf-8")
+    assert experiment.filled(page, results) == page
+    metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
+    assert experiment.published_metrics(results) == metrics, "predictions.csv.gz gives metrics.json"

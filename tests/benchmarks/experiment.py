@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import subprocess
@@ -111,7 +112,7 @@ class Study:
     # ------------------------------------------------------------------------------------------------ search
 
     def search(self) -> None:
-        """Learning rate and epochs of SFT and of DPO, by ranking accuracy on training users held back for it."""
+        """Learning rate and epochs of SFT and of DPO, by ranking accuracy (ties by order-free) on training users held back."""
         pairs = str(self.work / "search.jsonl")
         write_pairs(pairs, split_pairs(load_pairs(self.options.pairs), 0.2)[0])
         chosen: dict[str, dict] = {}
@@ -149,7 +150,7 @@ class Study:
                     found.append({"run": f"search/{name}", "rate": rest, "epochs": int(name.rpartition("_")[2]), **values})
         if self.options.dry_run:
             found = [{"run": f"search/{arm}_{RATES[arm][1]}_1", "rate": RATES[arm][1], "epochs": 1, "ranking_accuracy": 0}]
-        found.sort(key=lambda trial: -trial["ranking_accuracy"])
+        found.sort(key=lambda trial: (-trial["ranking_accuracy"], -trial.get("order_free_accuracy", 0)))
         return found[0] | {"trials": found}
 
     # ------------------------------------------------------------------------------------------ main comparison
@@ -273,6 +274,49 @@ def report(results: Path) -> None:
     config.write_json(results / "ablations.json", found)
     draw_ablations(metrics, found, results / "ablations.png")
     draw_shortcut(found["usual protocol"], results / "shortcut.png")
+    page = results / "README.md"
+    if page.exists():
+        config.write_text(page, filled(page.read_text(encoding="utf-8"), results))
+
+
+def filled(page: str, results: Path) -> str:
+    """A page with each table between `<!-- study: NAME -->` and `<!-- end -->` as the files of the results have it."""
+    made = tables(results)
+    return re.sub(
+        r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", lambda found: found[1] + made[found[2]] + "\n" + found[3], page, flags=re.DOTALL
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of docs/results/README.md, by name."""
+    metrics, found, search = (json.loads((results / f"{name}.json").read_text()) for name in ("metrics", "ablations", "search"))
+    trials = [(arm, trial) for arm, best in search.items() for trial in best["trials"]]
+    shown = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
+    tried = [[arm, trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown)] for arm, trial in trials]
+    usual = [[arm, *(f"{value:.1f}" for value in values.values())] for arm, values in found["usual protocol"].items()]
+    ablated = []
+    for title, points in PANELS.items():
+        for label, study in points:
+            arms = found.get(study, {"arms": {}})["arms"] if study else metrics["arms"]
+            both = [arms.get(f"{stage}_{study}" if study else stage) for stage in ("sft", "dpo")]
+            cells = [evaluate_dpo.cell(arm[name], "%") if arm else "" for name in shown[::2] for arm in both]
+            ablated.append([title, label, *cells])
+    seconds: dict[str, list[float]] = {}
+    for path in (results / "runs").glob("*.run.json"):
+        seconds.setdefault(path.name.partition("_")[0], []).append(json.loads(path.read_text())["wall_seconds"])
+    cost = [[part, len(spent), f"{sum(spent) / 60:.0f}"] for part, spent in sorted(seconds.items())]
+    return {
+        "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics)}\n```",
+        "search": markdown(["arm", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
+        "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
+        "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %"], ablated),
+        "cost": markdown(["part", "training runs", "minutes of training, summed over runs"], cost),
+    }
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 def published_metrics(results: Path) -> dict:
