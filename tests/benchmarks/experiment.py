@@ -74,6 +74,7 @@ class Study:
         gpu = self.slots.get()
         began, code = time.monotonic(), 0
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work.absolute() / "compiled" / log)  # runs side by side would mix theirs
         try:
             with open(self.work / "commands.sh", "a") as commands, open(output, "w") as to:
                 commands.write(f"python {script} {flags}\n")
@@ -409,8 +410,8 @@ def main() -> None:
     parser.add_argument("--model", default=f"--preset thesis --base_model {config.SMALL_MODEL}", help="flags of every script")
     parser.add_argument(
         "--training",
-        default="--backend hf --trainer shared --effective_batch 64 --batch_size 32 --gradient_checkpointing false "
-        "--warmup_steps 10 --eval_steps 25 --save_steps 100000 --logging_steps 1",
+        default="--effective_batch 64 --batch_size 32 --gradient_checkpointing false --warmup_steps 10"
+        " --eval_steps 25 --save_steps 100000 --logging_steps 1",
         help="flags of every training",
     )
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
