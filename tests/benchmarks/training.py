@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--shape", default="SmolLM2-135M")
     parser.add_argument("--memory_gb", type=float, default=None, help="cap on a GPU's memory")
     parser.add_argument("--effective_batch", type=int, default=8)
-    parser.add_argument("--cases", help="JSON list of [trainer, micro-batch]; trainers: stock, unsloth, shared")
+    parser.add_argument("--cases", help="JSON list of [trainer, micro-batch] or [trainer, micro-batch, checkpointing]; trainers: stock, unsloth, shared")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--turns", type=int, default=2)
@@ -54,8 +54,9 @@ def main() -> None:
         return
     found: dict[tuple, list[dict]] = {}
     for turn in range(options.turns):
-        for trainer, micro_batch in cases:
+        for trainer, micro_batch, *checkpointing in cases:
             case = case_of(options, cuda, trainer, micro_batch)
+            case |= {"checkpointing": checkpointing[0]} if checkpointing else {}
             record = gpu.in_own_process(case)
             print(json.dumps({"turn": turn, "name": trainer} | record), flush=True)
             found.setdefault((trainer, micro_batch), []).append(record)
