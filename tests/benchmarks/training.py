@@ -113,6 +113,7 @@ def draw_scaling(devices: dict[str, dict], path: Path) -> None:
         for axis, (name, (x, y, point)) in zip(row, panels.items(), strict=True):
             axis.plot(*zip(*(point(record) for record in found[name] if "failed" not in record), strict=True), marker="o", color="black")
             axis.set(xlabel=x, ylabel=y)
+            axis.margins(0.1)
             axis.set_xlim(left=0)
             axis.set_ylim(bottom=0)
         row[1].set_title(device, fontsize=8)
