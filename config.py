@@ -133,6 +133,11 @@ def process_index() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_process_index() -> int:
+    """The number of this process's GPU on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def is_main_process() -> bool:
     return process_index() == 0
 
@@ -237,6 +242,8 @@ class TrainingSettings(Settings):
             self.require(name, getattr(self, name) >= 1, "of 1 or more")
         for name in ("validation_pairs", "warmup_steps", "weight_decay", "lora_dropout"):
             self.require(name, getattr(self, name) >= 0, "of 0 or more")
+        self.require("gpu_memory_gb", self.gpu_memory_gb is None or self.gpu_memory_gb > 0, "above 0")
+        self.require("lora_dropout", self.lora_dropout < 1, "below 1")
         self.require("max_pairs", self.max_pairs is None or self.max_pairs >= 2, "of 2 or more")
         self.require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "of 1 or more, or -1")
         processes = process_count()
@@ -256,7 +263,7 @@ class EvaluationSettings(Settings):
     strangers: bool = _setting(True, "score decisions with a stranger's history, too, for the personalisation gap")
     generate_users: int = _setting(100, "users for whom answers are generated, for repeat consistency and explanations")
     generate_samples: int = _setting(5, "answers for each of them (temperature 0.7, top-p 0.95)")
-    fast: bool = _setting(False, "score in TensorFloat-32 on a GPU (up to 0.2 nats off), in bfloat16 on a CPU (up to 2): four times faster")
+    fast: bool = _setting(False, "score in TensorFloat-32 on a GPU (four times as fast, up to 0.2 nats off), in bfloat16 on a CPU (up to 2 nats off)")
     batch_users: int = _setting(16, "users scored at once; scores are in float32, so this moves them below 1e-3 nats")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
     resamples: int = _setting(10_000, "bootstrap resamples of each interval")
@@ -615,7 +622,7 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
             f"the weights of {settings.base_model} are stored in 4 bits and cannot be had in {settings.bits}",
             f"Give --base_model the 16-bit original, such as {original_name(settings.base_model)}.",
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda", local_process_index()) if torch.cuda.is_available() else "cpu"
     if torch.cuda.is_available():
         torch.cuda.set_device(device)  # where no device_map is given, weights are quantised on the current device
     model = AutoModelForCausalLM.from_pretrained(
@@ -650,7 +657,7 @@ def _load_with_unsloth(settings: TrainingSettings, dtype: torch.dtype) -> PreTra
             load_in_16bit=settings.bits == 16,
             use_gradient_checkpointing=UNSLOTH_CHECKPOINTING if settings.gradient_checkpointing else False,
             use_exact_model_name=True,  # never another checkpoint than the one that was named
-            device_map={"": int(os.environ.get("LOCAL_RANK", 0))},
+            device_map={"": local_process_index()},
             random_state=settings.seed,
             trust_remote_code=False,
         )

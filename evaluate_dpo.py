@@ -77,9 +77,14 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
             config.write_text(folder / "generations.csv", generated.to_csv(index=False, lineterminator="\n"))
             generation = {arm: generation_measures(rows) for arm, rows in generated.groupby("arm", sort=False)}
             config.write_json(folder / "generation.json", generation)
+        else:
+            forget(folder, "generations.csv", "generation.json")
         config.write_text(source, predictions.to_csv(index=False, lineterminator="\n"))
     began = time.monotonic()
     predictions = read_predictions(source)
+    if source.resolve() != (folder / "predictions.csv").resolve():  # what lies here is of other predictions
+        forget(folder, "predictions.csv", "generations.csv", "generation.json", "run.json")
+        config.write_text(folder / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     config.write_json(folder / "metrics.json", metrics)
     config.write_text(folder / "report.md", report(metrics, generation, run["mismatches"]))
@@ -93,6 +98,12 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
                 print(write_card(Path(adapter), settings, arm, metrics, run["mismatches"]))
     notes = "".join(f"\nmismatch: {mismatch}" for mismatch in run["mismatches"])
     print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
+
+
+def forget(folder: Path, *names: str) -> None:
+    """Remove what an earlier evaluation left in a folder and this one does not write."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------- scoring
@@ -109,7 +120,6 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
     Raises:
         UserError: an adapter is missing or was trained on another base model or split.
     """
-    import torch
 
     if config.process_count() > 1:
         from accelerate import PartialState
@@ -298,6 +308,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
             problem = config.adapter_problem(folder, settings, test_digest)
             if problem and not (settings.allow_mismatch and (folder / "adapter_model.safetensors").is_file()):
                 raise UserError(problem, "Give the settings that it was trained with, or --allow_mismatch true to go on and report it.")
+            if not problem and not (folder / "run.json").is_file():
+                problem = f"{folder} came without run.json: whether it was trained on test pairs is not known"
             mismatches += [problem] if problem else []
             seeds = adapters.setdefault(arm, {})
             seed = config.trained_seed(folder)

@@ -174,12 +174,21 @@ def train_within_memory(
     import torch
     from transformers import set_seed
 
-    if settings.gpu_memory_gb and torch.cuda.is_available():
+    if config.cuda_present():
+        torch.cuda.set_device(config.local_process_index())  # what is capped and measured below is each process's own GPU
+    if settings.gpu_memory_gb and config.cuda_present():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
     share = settings.effective_batch // config.process_count()
     shared_prompt = stage == "dpo" and shares_prompt(settings)
     batch_size, checkpointing = config.fitting_batch_size(settings, share, row_tokens(stage, settings, rows), shared_prompt)
+    if config.process_count() > 1:  # all take what the fullest GPU can
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        PartialState(cpu=not config.cuda_present())  # joins the processes
+        fitting = gather_object([(batch_size, checkpointing)])
+        batch_size, checkpointing = min(size for size, _ in fitting), any(kept for _, kept in fitting)
     may_checkpoint = settings.gradient_checkpointing is None
     while True:
         settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing)
@@ -195,10 +204,9 @@ def train_within_memory(
         except torch.OutOfMemoryError:
             trainer = None  # goes on below, where the error no longer holds on to the tensors
         if config.process_count() > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
-            raise UserError(
-                f"{stage}: out of memory with a micro-batch of {batch_size}",
-                "Lower --batch_size or --lora_rank, or give --gradient_checkpointing true.",
-            )
+            keep = "" if checkpointing else "Give --gradient_checkpointing true. "
+            lower = "Lower --batch_size." if batch_size > 1 else "Lower --bits, --lora_rank (of SFT) or the length of the texts."
+            raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", keep + lower)
         free_memory()
         if may_checkpoint and not checkpointing:
             checkpointing = True
@@ -450,7 +458,6 @@ def shared_prompt_trainer(backend: str) -> type:
     response token is predicted. Data, reference, losses and metrics stay TRL's: it has a route for kernels that give
     log-probabilities without logits, and only what gives them is ours.
     """
-    import torch
     from trl import DPOTrainer
     from trl.models.utils import _ForwardRedirection
     from trl.trainer.utils import _ChunkedLogProbFunction

@@ -326,12 +326,14 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     records = json.loads((config.ROOT / "docs" / "results" / "gpu.json").read_text(encoding="utf-8"))
 
     def best(backend, trainer):
-        found = [record["pairs_per_second"] for record in records if (record["backend"], record["trainer"]) == (backend, trainer) and "failed" not in record]
-        return f"{max(found):.0f}"
+        found = [record for record in records if (record["backend"], record["trainer"]) == (backend, trainer) and "failed" not in record]
+        return max(found, key=lambda record: record["pairs_per_second"])
 
     readme = " ".join((config.ROOT / "README.md").read_text(encoding="utf-8").split())
-    said = "{} pairs a second where Unsloth's stock trainer does {} and transformers alone {} ("
-    assert said.format(best("unsloth", "shared"), best("unsloth", "stock"), best("hf", "stock")) in readme
+    speeds = [best(*case)["pairs_per_second"] for case in (("unsloth", "shared"), ("unsloth", "stock"), ("hf", "stock"))]
+    first_epoch = 1 / (1 / speeds[0] + best("unsloth", "shared")["reference_seconds_per_pair"])
+    said = "{:.0f} pairs a second ({:.0f} in the epoch that computes the reference, too) where Unsloth's stock trainer does {:.0f}"
+    assert said.format(speeds[0], first_epoch, speeds[1]) + f" and transformers alone {speeds[2]:.0f} (" in readme
 
 
 def test_the_tables_of_the_study_are_those_of_its_files():

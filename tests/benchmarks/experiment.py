@@ -38,6 +38,7 @@ from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
 SEEDS = (3407, 3408, 3409, 3410, 3411)
 RATES = {"sft": ("5e-4", "1e-3", "2e-3"), "dpo_base": ("1e-4", "2e-4", "5e-4"), "dpo": ("1e-4", "2e-4", "5e-4")}
 EPOCHS = (1, 3)
+STEPS_AN_EPOCH = 75  # 4,768 training pairs in batches of 64
 ARMS = ("sft", "sft_long", "dpo_base", "dpo")
 
 
@@ -55,8 +56,9 @@ class Run:
 class Study:
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.work = Path(options.work)
+        self.work = Path(options.work).absolute()
         self.work.mkdir(parents=True, exist_ok=True)
+        self.failed: list[str] = []
         self.slots: queue.Queue[str] = queue.Queue()
         for slot in range(options.slots):
             self.slots.put(options.gpus[slot % len(options.gpus)])
@@ -76,30 +78,42 @@ class Study:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work.absolute() / "compiled" / log)  # runs side by side would mix theirs
         try:
-            with open(self.work / "commands.sh", "a") as commands, open(output, "w") as to:
-                commands.write(f"python {script} {flags}\n")
+            with open(output, "w") as to:
                 if not self.options.dry_run:
                     code = subprocess.run(line, stdout=to, stderr=to, env=environment, cwd=ROOT).returncode
         finally:
             self.slots.put(gpu)
+        if code:
+            self.failed.append(log)
+        else:
+            name = "dry_run.sh" if self.options.dry_run else "commands.sh"
+            with open(self.work / name, "a") as commands:
+                commands.write(f"python {script} {flags}\n")
         print(f"{time.strftime('%H:%M:%S')} {log}: exit code {code}, {time.monotonic() - began:.0f} s", flush=True)
         return code == 0
 
     def train(self, runs: list[Run]) -> None:
         def one(run: Run) -> None:
-            if self.adapter(run.name).is_dir():
+            if run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
+                self.failed.append(f"{run.name}, which needs {run.after}")
                 return
-            while run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
-                time.sleep(2)  # another part of the study, under way beside this one, makes it
             flags = f"{self.options.model} {self.options.training} --pairs {run.pairs or self.options.pairs} --outputs {self.work / run.name}"
             start = f" --init sft --sft_adapter {self.adapter(run.after)}" if run.after else " --init base" if run.stage == "dpo" else ""
-            self.command("train_dpo.py", f"{flags} --stage {run.stage}{start} {run.flags}", run.name)
+            flags = f"{flags} --stage {run.stage}{start} {run.flags}"
+            told = self.work / run.name / "flags.txt"
+            if self.adapter(run.name).is_dir() and told.is_file():
+                if told.read_text() == flags:
+                    return
+                sys.exit(f"{run.name} was trained with other flags; remove {self.work / run.name} to train it anew")
+            if self.command("train_dpo.py", flags, run.name) and not self.options.dry_run:
+                told.write_text(flags)
 
         self.side_by_side(one, runs)
 
     def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None) -> bool:
         """Score arms, {arm: run}, into WORK/name/evaluation; those whose training failed are left out."""
-        if (self.work / name / "evaluation" / "run.json").exists():
+        before = self.work / name / "evaluation" / "run.json"
+        if before.exists() and json.loads(before.read_text())["adapters"].keys() == arms.keys():
             return True
         there = {arm: self.adapter(run) for arm, run in arms.items() if self.adapter(run).is_dir() or self.options.dry_run}
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
@@ -135,7 +149,11 @@ class Study:
             for arm in arms:
                 chosen[arm] = self.best(arm)
                 print(arm, chosen[arm], flush=True)
-        config.write_json(self.work / "search.json", chosen)
+        config.write_json(self.work / ("dry_run.json" if self.options.dry_run else "search.json"), chosen)
+
+    def chosen(self) -> dict:
+        """What the search found."""
+        return json.loads((self.work / ("dry_run.json" if self.options.dry_run else "search.json")).read_text())
 
     def schedule(self, stage: str, rate: str, epochs: float) -> str:
         prefix = "sft_" if stage == "sft" else ""
@@ -151,13 +169,15 @@ class Study:
                     found.append({"run": f"search/{name}", "rate": rest, "epochs": int(name.rpartition("_")[2]), **values})
         if self.options.dry_run:
             found = [{"run": f"search/{arm}_{RATES[arm][1]}_1", "rate": RATES[arm][1], "epochs": 1, "ranking_accuracy": 0}]
+        elif len(found) != len(RATES[arm]) * len(EPOCHS):
+            sys.exit(f"search: {len(found)} of {len(RATES[arm]) * len(EPOCHS)} trials of {arm} came through: {self.failed}")
         found.sort(key=lambda trial: (-trial["ranking_accuracy"], -trial.get("order_free_accuracy", 0)))
         return found[0] | {"trials": found}
 
     # ------------------------------------------------------------------------------------------ main comparison
 
     def main(self) -> None:
-        chosen = json.loads((self.work / "search.json").read_text())
+        chosen = self.chosen()
         seen = chosen["sft"]["epochs"] + chosen["dpo"]["epochs"]
         plan = {
             "sft": self.schedule("sft", chosen["sft"]["rate"], chosen["sft"]["epochs"]),
@@ -180,7 +200,7 @@ class Study:
 
     def ablations(self) -> None:
         """Each changes one thing of the main comparison's first seed; SFT and DPO both where it concerns both."""
-        chosen = json.loads((self.work / "search.json").read_text())
+        chosen = self.chosen()
         sft, dpo = (self.schedule(stage, chosen[stage]["rate"], chosen[stage]["epochs"]) for stage in ("sft", "dpo"))
         main_sft = f"main/sft_{SEEDS[0]}"
 
@@ -191,7 +211,7 @@ class Study:
         def dpo_only(name: str, flags: str) -> tuple[str, list[Run], None]:
             return name, [Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", main_sft)], None
 
-        steps = {stage: round(4768 / 64) * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
+        steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
         few = {  # as many steps as with all pairs, but each pair at most 20 times
             count: " ".join(f"--{prefix}epochs {min(20, steps[stage] * 64 / count):g}" for stage, prefix in (("sft", "sft_"), ("dpo", "")))
             for count in (128, 1024)
@@ -236,6 +256,9 @@ SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 def collect(work: Path, results: Path) -> None:
     """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands."""
     parts = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))]
+    for part in parts:
+        if not set(ARMS) <= set(part["arm"]):
+            sys.exit(f"collect: a seed lacks {set(ARMS) - set(part['arm'])}")
     key = ["arm", "seed", "pair_id", "order", "history"]
     write_predictions(pd.concat(parts).drop_duplicates(key), results / "predictions.csv.gz")
     parts = []
@@ -249,7 +272,7 @@ def collect(work: Path, results: Path) -> None:
         run = json.loads(path.read_text())
         part, name = path.parts[-4:-2]
         if name.rpartition("_")[2] != str(SEEDS[0]):
-            run.pop("log_history")  # of the other runs, what they cost is enough
+            run["log_history"] = []  # of the other runs, what they cost is enough
         config.write_json(results / "runs" / f"{part}_{name}.run.json", run)
     search = json.loads((work / "search.json").read_text())
     config.write_json(results / "search.json", search)
@@ -273,7 +296,7 @@ def report(results: Path) -> None:
                 shutil.copy(Path(work) / "figures" / f"{name}.png", results / f"{name}.png")
     found = ablations_of(results)
     config.write_json(results / "ablations.json", found)
-    draw_ablations(metrics, found, results / "ablations.png")
+    draw_ablations(found, results / "ablations.png")
     draw_shortcut(found["usual protocol"], results / "shortcut.png")
     page = results / "README.md"
     if page.exists():
@@ -298,7 +321,7 @@ def tables(results: Path) -> dict[str, str]:
     ablated = []
     for title, points in PANELS.items():
         for label, study in points:
-            arms = found.get(study, {"arms": {}})["arms"] if study else metrics["arms"]
+            arms = found.get(study, {"arms": {}})["arms"]
             both = [arms.get(f"{stage}_{study}" if study else stage) for stage in ("sft", "dpo")]
             cells = [evaluate_dpo.cell(arm[name], "%") if arm else "" for name in shown[::2] for arm in both]
             ablated.append([title, label, *cells])
@@ -334,6 +357,8 @@ def ablations_of(results: Path) -> dict:
         measured = evaluate_dpo.compute_metrics(part.drop(columns="study"), 10_000, SEEDS[0])
         found[study] = {"arms": {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or "negatives" in study}}
     main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+    first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@")]
+    found[""] = {"arms": evaluate_dpo.compute_metrics(first, 10_000, SEEDS[0])["arms"]}  # each ablation changes one thing of this seed
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
     usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
     usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
@@ -345,21 +370,21 @@ def ablations_of(results: Path) -> dict:
     return found
 
 
-def draw_ablations(metrics: dict, found: dict, path: Path) -> None:
+def draw_ablations(found: dict, path: Path) -> None:
     """One panel an ablation: ranking accuracy (filled) and response accuracy (hollow) of SFT and DPO, 95% intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+    with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
         figure, axes = plt.subplots(2, 4, figsize=(10, 4.4), sharey=True, layout="constrained")
         for axis, (title, points) in zip(axes.flat, PANELS.items(), strict=True):
-            points = [(label, study) for label, study in points if not study or study in found]
+            points = [(label, study) for label, study in points if study in found]
             for shift, (stage, style) in enumerate((("sft", "s"), ("dpo", "o"))):
                 for measure, fill, color in (("ranking_accuracy", "full", "black"), ("response_accuracy", "none", "0.5")):
                     for place, (_, study) in enumerate(points):
-                        arms = found[study]["arms"] if study else metrics["arms"]
+                        arms = found[study]["arms"]
                         values = arms.get(f"{stage}_{study}" if study else stage)
                         if values is None or values[measure]["value"] is None:
                             continue
@@ -388,7 +413,7 @@ def draw_shortcut(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+    with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
         figure, axis = plt.subplots(figsize=(3.8, 0.3 * len(found) + 0.9), layout="constrained")
         for row, values in enumerate(found.values()):
             axis.plot(list(values.values()), [row, row], color="0.8", linewidth=1, zorder=0)
@@ -421,7 +446,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     if options.part in ("search", "main", "ablations"):
-        getattr(Study(options), options.part)()
+        study = Study(options)
+        getattr(study, options.part)()
+        if study.failed:
+            sys.exit(f"failed: {study.failed}")
         return
     if options.part == "collect":
         collect(Path(options.work), options.results)

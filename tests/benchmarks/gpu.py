@@ -24,6 +24,7 @@ WARM_UP, TIMED = 3, 8
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
+    ("unsloth", "shared", 16, False),
     ("unsloth", "shared", 16, True),
     ("unsloth", "shared", 32, True),
     ("unsloth", "stock", 8, True),

@@ -59,7 +59,7 @@ def main() -> None:
             case |= {"checkpointing": checkpointing[0]} if checkpointing else {}
             record = gpu.in_own_process(case)
             print(json.dumps({"turn": turn, "name": trainer} | record), flush=True)
-            found.setdefault((trainer, micro_batch), []).append(record)
+            found.setdefault((trainer, micro_batch, case["checkpointing"]), []).append(record)
     write(found, options.results)
 
 
@@ -125,15 +125,15 @@ def write(found: dict[tuple, list[dict]], results: Path) -> None:
     """speed.json, speed.md and speed.png from the turns of every case."""
     done = {case: [turn for turn in turns if "failed" not in turn] for case, turns in found.items()}
     speed = {case: statistics.median(turn["pairs_per_second"] for turn in turns) for case, turns in done.items() if turns}
-    stock = max(value for (trainer, _), value in speed.items() if trainer == "stock")  # at its best micro-batch
+    stock = max(value for (trainer, *_), value in speed.items() if trainer == "stock")  # at its best micro-batch
     records = []
-    for (trainer, micro_batch), turns in found.items():
-        record = {"trainer": trainer, "micro_batch": micro_batch, "failed": turns[0].get("failed")}
-        if (trainer, micro_batch) in speed:
-            rate = speed[trainer, micro_batch]
+    for case, all_turns in found.items():
+        record = {"trainer": case[0], "micro_batch": case[1], "failed": all_turns[0].get("failed")}
+        if case in speed:
+            rate, turns = speed[case], done[case]
             reference = statistics.median(turn["reference_seconds_per_pair"] for turn in turns)
             names = ("device", "shape", "bits", "backend", "effective_batch", "checkpointing", "peak_memory_gb", "share_of_floor")
-            record = {"trainer": trainer, "micro_batch": micro_batch} | {name: turns[0][name] for name in names}
+            record = {"trainer": case[0], "micro_batch": case[1]} | {name: turns[0][name] for name in names}
             record |= {
                 "pairs_per_second": round(rate, 3),
                 "ratio_to_stock": round(rate / stock, 2),
