@@ -128,6 +128,12 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved), "--outputs", str(tmp_path / "again")])
     assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
 
+    assert (folder / "run.json").exists()
+    saved.write_text("".join(line for line in saved.read_text().splitlines(keepends=True) if not line.startswith("again,")))
+    evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved)])
+    assert not (folder / "run.json").exists(), "it was of other predictions"
+    assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
+
 
 def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags, flags, tmp_path):
     train_dpo.main(training_flags)
@@ -167,6 +173,9 @@ def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flag
     evaluate_dpo.main([*flags, "--test_share", "0.4", "--resamples", "20", "--allow_mismatch", "true", "--fast", "true"])
     assert capsys.readouterr().out.count("\nmismatch: ") == 2
     assert (tmp_path / "outputs" / "evaluation" / "report.md").read_text().count("**Mismatch:**") == 2
+    (config.adapter_folder(config.parse_settings(EvaluationSettings, flags), "sft") / "run.json").unlink()
+    evaluate_dpo.main([*flags, "--resamples", "20"])
+    assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
 
 
 def test_one_arm_of_several_seeds(training_flags, flags, tmp_path):
