@@ -98,7 +98,13 @@ class Study:
                 self.failed.append(f"{run.name}, which needs {run.after}")
                 return
             flags = f"{self.options.model} {self.options.training} --pairs {run.pairs or self.options.pairs} --outputs {self.work / run.name}"
-            start = f" --init sft --sft_adapter {self.adapter(run.after)}" if run.after else " --init base" if run.stage == "dpo" else ""
+            start = (
+                f" --init sft --sft_adapter {self.adapter(run.after)}"
+                if run.after
+                else " --init base"
+                if run.stage == "dpo"
+                else ""
+            )
             flags = f"{flags} --stage {run.stage}{start} {run.flags}"
             told = self.work / run.name / "flags.txt"
             if self.adapter(run.name).is_dir() and told.is_file():
@@ -118,7 +124,9 @@ class Study:
         there = {arm: self.adapter(run) for arm, run in arms.items() if self.adapter(run).is_dir() or self.options.dry_run}
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
-        return self.command("evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name)
+        return self.command(
+            "evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name
+        )
 
     def side_by_side(self, function, jobs) -> None:
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
@@ -143,7 +151,9 @@ class Study:
             self.train(runs)
             groups = [runs[start : start + 3] for start in range(0, len(runs), 3)]
             self.side_by_side(
-                lambda job: self.evaluate(f"search/eval_{job[0]}_{arms[0]}", {r.name[7:]: r.name for r in job[1]}, "--strangers false", pairs),
+                lambda job: self.evaluate(
+                    f"search/eval_{job[0]}_{arms[0]}", {r.name[7:]: r.name for r in job[1]}, "--strangers false", pairs
+                ),
                 list(enumerate(groups)),
             )
             for arm in arms:
@@ -165,7 +175,9 @@ class Study:
             for name, measures in json.loads(path.read_text())["arms"].items():
                 kind, _, rest = name.rpartition("_")[0].rpartition("_")
                 if kind == arm:
-                    values = {key: measures[key]["value"] for key in ("ranking_accuracy", "order_free_accuracy", "response_accuracy")}
+                    values = {
+                        key: measures[key]["value"] for key in ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
+                    }
                     found.append({"run": f"search/{name}", "rate": rest, "epochs": int(name.rpartition("_")[2]), **values})
         if self.options.dry_run:
             found = [{"run": f"search/{arm}_{RATES[arm][1]}_1", "rate": RATES[arm][1], "epochs": 1, "ranking_accuracy": 0}]
@@ -213,7 +225,9 @@ class Study:
 
         steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
         few = {  # as many steps as with all pairs, but each pair at most 20 times
-            count: " ".join(f"--{prefix}epochs {min(20, steps[stage] * 64 / count):g}" for stage, prefix in (("sft", "sft_"), ("dpo", "")))
+            count: " ".join(
+                f"--{prefix}epochs {min(20, steps[stage] * 64 / count):g}" for stage, prefix in (("sft", "sft_"), ("dpo", ""))
+            )
             for count in (128, 1024)
         }
         jobs = [
@@ -223,8 +237,14 @@ class Study:
             *(both(f"{bits}bit", f"--bits {bits}") for bits in (16, 8)),
             *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
             *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
-            *(dpo_only(f"rate_x{factor}", f"--learning_rate {float(chosen['dpo']['rate']) * factor:.2g}") for factor in (0.32, 3.2)),
-            *(both(f"negatives_{kind}", "--validation_pairs 0", pairs) for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)),
+            *(
+                dpo_only(f"rate_x{factor}", f"--learning_rate {float(chosen['dpo']['rate']) * factor:.2g}")
+                for factor in (0.32, 3.2)
+            ),
+            *(
+                both(f"negatives_{kind}", "--validation_pairs 0", pairs)
+                for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)
+            ),
         ]
 
         def one(job: tuple[str, list[Run], str | None]) -> None:
@@ -255,7 +275,9 @@ SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
 def collect(work: Path, results: Path) -> None:
     """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands."""
-    parts = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))]
+    parts = [
+        pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))
+    ]
     for part in parts:
         if not set(ARMS) <= set(part["arm"]):
             sys.exit(f"collect: a seed lacks {set(ARMS) - set(part['arm'])}")
@@ -307,7 +329,10 @@ def filled(page: str, results: Path) -> str:
     """A page with each table between `<!-- study: NAME -->` and `<!-- end -->` as the files of the results have it."""
     made = tables(results)
     return re.sub(
-        r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", lambda found: found[1] + made[found[2]] + "\n" + found[3], page, flags=re.DOTALL
+        r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: found[1] + made[found[2]] + "\n" + found[3],
+        page,
+        flags=re.DOTALL,
     )
 
 
@@ -355,17 +380,22 @@ def ablations_of(results: Path) -> dict:
     found = {}
     for study, part in rows.groupby("study", sort=False):
         measured = evaluate_dpo.compute_metrics(part.drop(columns="study"), 10_000, SEEDS[0])
-        found[study] = {"arms": {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or "negatives" in study}}
+        found[study] = {
+            "arms": {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or "negatives" in study}
+        }
     main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
     first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@")]
-    found[""] = {"arms": evaluate_dpo.compute_metrics(first, 10_000, SEEDS[0])["arms"]}  # each ablation changes one thing of this seed
+    found[""] = {
+        "arms": evaluate_dpo.compute_metrics(first, 10_000, SEEDS[0])["arms"]
+    }  # each ablation changes one thing of this seed
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
     usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
     usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
     right = pd.Series(evaluate_dpo.wins(usual["decision_margin"].to_numpy()) * 100, index=usual.index)
     table = right.groupby([usual["arm"], usual["order"]], sort=False).mean().unstack()
     found["usual protocol"] = {
-        arm: {"always A is right": round(row["A"], 6), "both orders": round((row["A"] + row["B"]) / 2, 6)} for arm, row in table.iterrows()
+        arm: {"always A is right": round(row["A"], 6), "both orders": round((row["A"] + row["B"]) / 2, 6)}
+        for arm, row in table.iterrows()
     }
     return found
 
@@ -391,9 +421,21 @@ def draw_ablations(found: dict, path: Path) -> None:
                         x = place + 0.24 * shift + (0.1 if fill == "none" else 0) - 0.17
                         value, low, high = (values[measure][name] for name in ("value", "low", "high"))
                         label = f"{stage.upper()}, {measure.partition('_')[0]}"
-                        axis.errorbar(x, value, [[value - low], [high - value]], fmt=style, fillstyle=fill, color=color, capsize=2, markersize=4, label=label)
+                        axis.errorbar(
+                            x,
+                            value,
+                            [[value - low], [high - value]],
+                            fmt=style,
+                            fillstyle=fill,
+                            color=color,
+                            capsize=2,
+                            markersize=4,
+                            label=label,
+                        )
             axis.axhline(50, color="0.85", linewidth=0.8, zorder=0)
-            axis.set(title=title, xticks=range(len(points)), xticklabels=[label for label, _ in points], xlim=(-0.6, len(points) - 0.4))
+            axis.set(
+                title=title, xticks=range(len(points)), xticklabels=[label for label, _ in points], xlim=(-0.6, len(points) - 0.4)
+            )
         for axis in axes[:, 0]:
             axis.set_ylabel("accuracy, %")
         figure.legend(*unique_handles(figure), loc="outside upper center", ncols=4)
@@ -418,7 +460,9 @@ def draw_shortcut(found: dict, path: Path) -> None:
         for row, values in enumerate(found.values()):
             axis.plot(list(values.values()), [row, row], color="0.8", linewidth=1, zorder=0)
         for name, style in (("always A is right", {"facecolors": "none", "marker": "s"}), ("both orders", {"facecolors": "black"})):
-            axis.scatter([values[name] for values in found.values()], range(len(found)), s=18, edgecolors="black", label=name, **style)
+            axis.scatter(
+                [values[name] for values in found.values()], range(len(found)), s=18, edgecolors="black", label=name, **style
+            )
         axis.set(yticks=range(len(found)), yticklabels=list(found), xlabel="ranking accuracy, %", xlim=(-3, 103))
         axis.invert_yaxis()
         figure.legend(loc="outside upper center", ncols=2)
@@ -430,7 +474,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["search", "main", "ablations", "collect", "report"])
     parser.add_argument("--pairs", default="data/contrastive_rec_train.jsonl")
-    parser.add_argument("--small_pairs", nargs=2, default=(), metavar=("RANDOM", "MATCHED"), help="MovieLens-100K's with both negatives")
+    parser.add_argument(
+        "--small_pairs", nargs=2, default=(), metavar=("RANDOM", "MATCHED"), help="MovieLens-100K's with both negatives"
+    )
     parser.add_argument("--work", default="outputs/study")
     parser.add_argument("--model", default=f"--preset thesis --base_model {config.SMALL_MODEL}", help="flags of every script")
     parser.add_argument(
