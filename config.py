@@ -112,6 +112,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
+def one_line(text: str) -> str:
+    """What was given on the command line, fit to be repeated in an error."""
+    return printable(text).replace("\n", "?")
+
+
 def leave_processes() -> None:
     """End the process group that `accelerate launch` made, which would complain otherwise."""
     if process_count() > 1:
@@ -326,7 +331,7 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
         hint = f"Did you mean --{near[0]}? " if near else ""
-        raise UserError(f"unknown setting {unknown[0]}", f"{hint}--help lists all settings.")
+        raise UserError(f"unknown setting {one_line(unknown[0])}", f"{hint}--help lists all settings.")
     settings.preset = preset
     changed = {name: (old, new) for name, old, new in _differences(settings)}
     print(f"preset {preset}{reason}" + "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items()))
@@ -375,7 +380,7 @@ def _file_as_flags(path: str) -> list[str]:
 
 
 def _refuse_setting(message: str) -> None:
-    raise UserError(message.replace("argument ", "", 1), "--help lists all settings.")
+    raise UserError(one_line(message).replace("argument ", "", 1), "--help lists all settings.")
 
 
 # --------------------------------------------------------------------------------------------------- paths

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import evaluate_dpo
@@ -77,6 +77,8 @@ values = st.sampled_from(["-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e999", 
 
 
 @settings(max_examples=100 * TIMES)
+@example(arguments=[("--gradient_checkpointing", "\x1e")], kind=TrainingSettings)
+@example(arguments=[("--seed", "1"), ("\n", "--x")], kind=TrainingSettings)
 @given(arguments=st.lists(st.tuples(flags, values), max_size=3), kind=st.sampled_from([TrainingSettings, EvaluationSettings]))
 def test_any_flags_give_settings_or_an_error_of_two_lines(arguments, kind):
     try:
