@@ -112,7 +112,8 @@ def train_stage(
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     start = f"the adapter {initial_adapter}" if initial_adapter else "the base model"
-    print(f"{stage}: {len(rows):,} rows from {start}, {settings.bits}-bit {settings.base_model}", flush=True)
+    trainer_kind = "shared" if stage == "dpo" and shares_prompt(settings) else "stock"
+    print(f"{stage}: {len(rows):,} rows from {start}, {settings.bits}-bit {settings.base_model}, {trainer_kind} trainer", flush=True)
     with config.only_run_in(checkpoints):
         prepare_checkpoints(checkpoints, run_identity(stage, settings, split, initial_adapter), settings.restart)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a final save that was killed
@@ -131,6 +132,7 @@ def train_stage(
             "data": split,
             "rows": len(rows),
             "steps": steps,
+            "trainer": trainer_kind,
             **fitted,  # after a resumption, seconds and memory are those since then
             "rows_seen": steps * settings.effective_batch,
             "first_loss": losses[0],
@@ -447,7 +449,13 @@ def build_trainer(
 
 
 def shares_prompt(settings: TrainingSettings) -> bool:
-    """Shared is the default: it was measured to be the faster one, on a CPU and on an H100 with both backends."""
+    """Shared is the default: it was measured to be the faster one, on a CPU and on an H100 with both backends.
+
+    Raises:
+        UserError: it was asked for under FSDP.
+    """
+    if settings.trainer == "shared" and config.under_fsdp():
+        raise UserError("the shared trainer cannot train a model that FSDP shards", "Give --trainer stock, or auto.")
     return settings.trainer != "stock" and not config.under_fsdp()  # whose sharded model serves only whole forward passes
 
 

@@ -84,6 +84,16 @@ def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_fl
     assert asked[4:] == asked[:2], "another reference"
 
 
+def test_the_shared_trainer_is_never_silently_another(training_flags, monkeypatch, capsys):
+    train_dpo.main([*training_flags, "--init", "base", "--stage", "dpo"])
+    assert "shared trainer" in capsys.readouterr().out
+    settings = config.parse_settings(config.TrainingSettings, [*training_flags, "--trainer", "shared"])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(config.UserError, match="the shared trainer cannot train a model that FSDP shards"):
+        train_dpo.shares_prompt(settings)
+    assert not train_dpo.shares_prompt(config.parse_settings(config.TrainingSettings, training_flags)), "auto is stock there"
+
+
 def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
     texts = [[1, 2, 3, 9, 4], [1, 2, 5, 6], [1, 2, 3, 7], [1, 2, 3, 7, 8]]
     tree = token_tree(texts)

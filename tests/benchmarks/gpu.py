@@ -265,6 +265,8 @@ def main() -> None:
         import config
 
         build_shape(model, options.tokenizer or str(config.small_model_folder()))
+    path = options.results / "gpu.json"
+    before = json.loads(path.read_text()) if path.exists() else []
     records = []
     for backend, trainer, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
         case = {
@@ -277,8 +279,15 @@ def main() -> None:
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
         options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "gpu.json").write_text(json.dumps(records, indent=1) + "\n")
-        (options.results / "gpu.md").write_text(as_table(records))
+        measured = [case_key(record) for record in records]
+        found = records + [record for record in before if case_key(record) not in measured]
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        (options.results / "gpu.md").write_text(as_table(found))
+
+
+def case_key(record: dict) -> tuple:
+    """What a record is of: a new one takes the place of an earlier one."""
+    return tuple(record[name] for name in ("shape", "backend", "trainer", "micro_batch", "checkpointing"))
 
 
 def in_own_process(case: dict) -> dict:
