@@ -38,6 +38,8 @@ def main() -> None:
     config.quiet_libraries()
     settings = config.preset_settings(config.EvaluationSettings, options.preset, base_model=options.model, pairs=options.pairs)
     _, test = config.load_split(settings)
+    path = options.results / "evaluation_speed.json"
+    before = json.loads(path.read_text()) if path.exists() else []
     records, scores = [], {}
     for mode in options.modes:
         torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
@@ -70,7 +72,14 @@ def main() -> None:
                     record[f"{name}_off_by_nats"] = {"largest": round(float(off.max()), 5), "mean": round(float(off.mean()), 6)}
                 record["decisions_changed"] = int(((scores[record["compute"]][0] > 0) != (scores["float32"][0] > 0)).sum())
         print(json.dumps(records[-1]), flush=True)
-        (options.results / "evaluation_speed.json").write_text(json.dumps(records, indent=1) + "\n")
+        measured = [case_key(record) for record in records]
+        kept = [record for record in before if case_key(record) not in measured]
+        path.write_text(json.dumps(kept + records, indent=1) + "\n")
+
+
+def case_key(record: dict) -> tuple:
+    """What a record is of: a new one takes the place of an earlier one."""
+    return tuple(record[name] for name in ("device", "shape", "compute", "users"))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,32 @@
     python tests/benchmarks/experiment.py search    --pairs data/contrastive_rec_train.jsonl --work outputs/study
     python tests/benchmarks/experiment.py main      --pairs ... --work ...     # with what the search found
     python tests/benchmarks/experiment.py ablations --pairs ... --work ... --small_pairs RANDOM MATCHED
+    python tests/benchmarks/experiment.py all       --pairs ... --work ... --small_pairs RANDOM MATCHED   # these three
     python tests/benchmarks/experiment.py collect   --work ...                 # into docs/results, and reports
     python tests/benchmarks/experiment.py report                               # measures and figures from docs/results
 
 The search sees the training users alone: their pairs are a file of their own, split again by the same hash. Every
 run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again.
-Several runs share a GPU (--slots), since a small model leaves most of it idle.
+Several runs share a GPU (--slots), since a small model leaves most of it idle: those of the main comparison's first
+seeds come first. NVIDIA's MPS daemon, where it runs, lets them compute at the same time and not in turns.
 """
 
 import argparse
+import heapq
+import itertools
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +43,7 @@ from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
 
 SEEDS = (3407, 3408, 3409, 3410, 3411)
 RATES = {"sft": ("5e-4", "1e-3", "2e-3"), "dpo_base": ("1e-4", "2e-4", "5e-4"), "dpo": ("1e-4", "2e-4", "5e-4")}
-EPOCHS = (1, 3)
+EPOCHS = (1, 2)
 STEPS_AN_EPOCH = 75  # 4,768 training pairs in batches of 64
 ARMS = ("sft", "sft_long", "dpo_base", "dpo")
 
@@ -51,6 +57,30 @@ class Run:
     flags: str
     after: str | None = None
     pairs: str | None = None
+    priority: int = 0  # the smallest goes first
+
+
+class Slots:
+    """What runs at the same time, on which GPU; the waiting job of the smallest priority goes first."""
+
+    def __init__(self, gpus: list[str]):
+        self.free, self.waiting, self.ticket, self.changed = list(gpus), [], itertools.count(), threading.Condition()
+
+    @contextmanager
+    def take(self, priority: int):
+        me = (priority, next(self.ticket))
+        with self.changed:
+            heapq.heappush(self.waiting, me)
+            self.changed.wait_for(lambda: self.free and self.waiting[0] == me)
+            heapq.heappop(self.waiting)
+            gpu = self.free.pop(0)
+            self.changed.notify_all()
+        try:
+            yield gpu
+        finally:
+            with self.changed:
+                self.free.append(gpu)
+                self.changed.notify_all()
 
 
 class Study:
@@ -59,30 +89,29 @@ class Study:
         self.work = Path(options.work).absolute()
         self.work.mkdir(parents=True, exist_ok=True)
         self.failed: list[str] = []
-        self.slots: queue.Queue[str] = queue.Queue()
-        for slot in range(options.slots):
-            self.slots.put(options.gpus[slot % len(options.gpus)])
+        self.training, self.scoring = (
+            Slots([options.gpus[slot % len(options.gpus)] for slot in range(count)]) for count in (options.slots, options.evaluations)
+        )
+        self.finished: defaultdict[str, threading.Event] = defaultdict(threading.Event)
 
     def adapter(self, name: str) -> Path:
         """The folder of a run's adapter; a run trains one stage, so it has one."""
         found = list((self.work / name).glob("*_final"))
         return found[0] if found else self.work / name / "none"
 
-    def command(self, script: str, flags: str, log: str) -> bool:
+    def command(self, script: str, flags: str, log: str, slots: Slots, priority: int = 0) -> bool:
         """Run one script in a free slot; True if it ended well."""
         line = [sys.executable, str(ROOT / script), *shlex.split(flags)]
         output = self.work / f"{log}.log"
         output.parent.mkdir(parents=True, exist_ok=True)
-        gpu = self.slots.get()
-        began, code = time.monotonic(), 0
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work.absolute() / "compiled" / log)  # runs side by side would mix theirs
-        try:
-            with open(output, "w") as to:
-                if not self.options.dry_run:
-                    code = subprocess.run(line, stdout=to, stderr=to, env=environment, cwd=ROOT).returncode
-        finally:
-            self.slots.put(gpu)
+        with slots.take(priority) as gpu, open(output, "w") as to:
+            began, code = time.monotonic(), 0
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+            environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work / "compiled" / log)  # runs side by side would mix theirs
+            for _ in range(0 if self.options.dry_run else 2):  # runs that share a card can take memory from each other
+                code = subprocess.run(line, check=False, stdout=to, stderr=to, env=environment, cwd=ROOT).returncode
+                if not code:
+                    break
         if code:
             self.failed.append(log)
         else:
@@ -94,10 +123,19 @@ class Study:
 
     def train(self, runs: list[Run]) -> None:
         def one(run: Run) -> None:
+            try:
+                train_one(run)
+            finally:
+                self.finished[run.name].set()
+
+        def train_one(run: Run) -> None:
+            if run.after and self.options.part == "all":
+                self.finished[run.after].wait()
             if run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
                 self.failed.append(f"{run.name}, which needs {run.after}")
                 return
-            flags = f"{self.options.model} {self.options.training} --pairs {run.pairs or self.options.pairs} --outputs {self.work / run.name}"
+            batch = getattr(self.options, f"{run.stage}_batch")
+            flags = f"{self.options.model} {self.options.training} --batch_size {batch} --pairs {run.pairs or self.options.pairs} --outputs {self.work / run.name}"
             start = (
                 f" --init sft --sft_adapter {self.adapter(run.after)}"
                 if run.after
@@ -111,7 +149,7 @@ class Study:
                 if told.read_text() == flags:
                     return
                 sys.exit(f"{run.name} was trained with other flags; remove {self.work / run.name} to train it anew")
-            if self.command("train_dpo.py", flags, run.name) and not self.options.dry_run:
+            if self.command("train_dpo.py", flags, run.name, self.training, run.priority) and not self.options.dry_run:
                 told.write_text(flags)
 
         self.side_by_side(one, runs)
@@ -125,7 +163,7 @@ class Study:
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
         return self.command(
-            "evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name
+            "evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name, self.scoring
         )
 
     def side_by_side(self, function, jobs) -> None:
@@ -139,27 +177,27 @@ class Study:
         pairs = str(self.work / "search.jsonl")
         write_pairs(pairs, split_pairs(load_pairs(self.options.pairs), 0.2)[0])
         chosen: dict[str, dict] = {}
-        for arms in (("sft", "dpo_base"), ("dpo",)):
-            runs = []
-            for arm in arms:
-                stage = arm.partition("_")[0]
-                for rate in RATES[arm]:
-                    for epochs in EPOCHS:
-                        after = chosen["sft"]["run"] if arm == "dpo" else None
-                        flags = f"{self.schedule(stage, rate, epochs)} --validation_pairs 0"
-                        runs.append(Run(f"search/{arm}_{rate}_{epochs}", stage, flags, after, pairs))
+
+        def choose(arm: str) -> None:
+            stage, after = arm.partition("_")[0], chosen["sft"]["run"] if arm == "dpo" else None
+            runs = [
+                Run(f"search/{arm}_{rate}_{epochs}", stage, f"{self.schedule(stage, rate, epochs)} --validation_pairs 0", after, pairs)
+                for rate in RATES[arm]
+                for epochs in EPOCHS
+            ]
+            for run in runs:
+                run.priority = arm == "dpo_base"  # the others wait for SFT
             self.train(runs)
-            groups = [runs[start : start + 3] for start in range(0, len(runs), 3)]
-            self.side_by_side(
-                lambda job: self.evaluate(
-                    f"search/eval_{job[0]}_{arms[0]}", {r.name[7:]: r.name for r in job[1]}, "--strangers false", pairs
-                ),
-                list(enumerate(groups)),
-            )
+            self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
+            chosen[arm] = self.best(arm)
+            print(arm, chosen[arm], flush=True)
+
+        def one_after_the_other(arms: tuple[str, ...]) -> None:
             for arm in arms:
-                chosen[arm] = self.best(arm)
-                print(arm, chosen[arm], flush=True)
-        config.write_json(self.work / ("dry_run.json" if self.options.dry_run else "search.json"), chosen)
+                choose(arm)
+
+        self.side_by_side(one_after_the_other, [("sft", "dpo"), ("dpo_base",)])
+        config.write_json(self.work / ("dry_run.json" if self.options.dry_run else "search.json"), {arm: chosen[arm] for arm in RATES})
 
     def chosen(self) -> dict:
         """What the search found."""
@@ -199,14 +237,21 @@ class Study:
         }
 
         def one_seed(seed: int) -> None:
-            first = [Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}") for arm in ARMS[:3]]
+            turn = SEEDS.index(seed)
+            first = [
+                Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}", priority=turn) for arm in ARMS[:3]
+            ]
             self.train(first[:1])  # DPO waits for it
-            last = Run(f"main/dpo_{seed}", "dpo", f"{plan['dpo']} --seed {seed}", f"main/sft_{seed}")
+            last = Run(f"main/dpo_{seed}", "dpo", f"{plan['dpo']} --seed {seed}", f"main/sft_{seed}", priority=turn)
             self.train([last, *first[1:]])
             generate = "--strangers true" + (" --second_bits 16 --generate_users 100" if seed == SEEDS[0] else "")
             self.evaluate(f"main/eval_{seed}", {arm: f"main/{arm}_{seed}" for arm in ARMS}, generate)
 
         self.side_by_side(one_seed, SEEDS[: self.options.seeds])
+
+    def all(self) -> None:
+        self.search()
+        self.side_by_side(lambda part: part(), [self.main, self.ablations])
 
     # ---------------------------------------------------------------------------------------------- ablations
 
@@ -250,6 +295,7 @@ class Study:
         def one(job: tuple[str, list[Run], str | None]) -> None:
             name, runs, pairs = job
             for run in runs:
+                run.priority = len(SEEDS)
                 self.train([run])
             bits = name.removesuffix("bit") if name.endswith("bit") else "4"
             arms = {f"{run.stage}_{name}": run.name for run in runs}
@@ -472,7 +518,7 @@ def draw_shortcut(found: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["search", "main", "ablations", "collect", "report"])
+    parser.add_argument("part", choices=["search", "main", "ablations", "all", "collect", "report"])
     parser.add_argument("--pairs", default="data/contrastive_rec_train.jsonl")
     parser.add_argument(
         "--small_pairs", nargs=2, default=(), metavar=("RANDOM", "MATCHED"), help="MovieLens-100K's with both negatives"
@@ -481,17 +527,20 @@ def main() -> None:
     parser.add_argument("--model", default=f"--preset thesis --base_model {config.SMALL_MODEL}", help="flags of every script")
     parser.add_argument(
         "--training",
-        default="--effective_batch 64 --batch_size 32 --gradient_checkpointing false --warmup_steps 10"
+        default="--effective_batch 64 --gradient_checkpointing false --warmup_steps 10"
         " --eval_steps 25 --save_steps 100000 --logging_steps 1",
         help="flags of every training",
     )
+    parser.add_argument("--sft_batch", type=int, default=32, help="micro-batch of SFT, which pads")
+    parser.add_argument("--dpo_batch", type=int, default=64, help="micro-batch of DPO")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--slots", type=int, default=6, help="runs at a time")
+    parser.add_argument("--slots", type=int, default=6, help="training runs at a time")
+    parser.add_argument("--evaluations", type=int, default=3, help="evaluations at a time")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    if options.part in ("search", "main", "ablations"):
+    if options.part not in ("collect", "report"):
         study = Study(options)
         getattr(study, options.part)()
         if study.failed:
