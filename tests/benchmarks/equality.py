@@ -3,9 +3,10 @@
     python tests/benchmarks/equality.py --adapter outputs/smollm2_dpo_4bit_final --preset small --pairs FILE
 
 Scores the same rows with Unsloth's model and with transformers + PEFT, by plain forward passes, in 4 and in 16 bits,
-computing in bfloat16 and in float32, and once more with a pair's prompt shared, as DPO's trainer does. Prints one JSON
-record a case: the largest difference in summed response log-probability, in nats, between the backends, between a shared
-prompt and plain passes on each backend, and for scale the largest between bfloat16 and float32 on one backend.
+computing in bfloat16 and in float32, and once more with a pair's prompt shared, as DPO's trainer does. Writes
+docs/results/equality.json, one record a precision of the weights: the largest difference in summed response
+log-probability, in nats, between the backends, between a shared prompt and plain passes on each backend, and for scale
+the largest between bfloat16 and float32 on one backend.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -41,14 +44,19 @@ def main() -> None:
             return None
         return round(max(abs(x - y) for x, y in zip(found[one], found[other], strict=True)), 6)
 
+    import config
+
+    records = []
     for bits in map(str, options.bits):
-        record = {"bits": int(bits), "rows": 2 * options.users}
+        record = {"device": config.environment_facts()["device"], "bits": int(bits), "rows": 2 * options.users}
         for dtype in ("bfloat16", "float32"):
             record[f"backends_differ_by_nats_{dtype}"] = largest(("hf", bits, dtype), ("unsloth", bits, dtype))
             for backend in ("hf", "unsloth"):
                 record[f"{backend}_shared_prompt_differs_by_nats_{dtype}"] = largest((backend, bits, dtype), (backend, bits, dtype, "shared"))
         record["hf_bfloat16_float32_differ_by_nats"] = largest(("hf", bits, "bfloat16"), ("hf", bits, "float32"))
         print(json.dumps(record), flush=True)
+        records.append(record)
+    (options.results / "equality.json").write_text(json.dumps(records, indent=1) + "\n")
 
 
 def score(options: argparse.Namespace, backend: str, out: str) -> None:
