@@ -9,8 +9,8 @@
 
 The search sees the training users alone: their pairs are a file of their own, split again by the same hash. Every
 run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again.
-Several runs share a GPU (--slots), since a small model leaves most of it idle: those of the main comparison's first
-seeds come first. NVIDIA's MPS daemon, where it runs, lets them compute at the same time and not in turns.
+Several runs share a GPU (--slots), since a small model leaves most of it idle; NVIDIA's MPS daemon, where it runs, lets
+them compute at the same time and not in turns.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +91,6 @@ class Study:
         self.training, self.scoring = (
             Slots([options.gpus[slot % len(options.gpus)] for slot in range(count)]) for count in (options.slots, options.evaluations)
         )
-        self.finished: defaultdict[str, threading.Event] = defaultdict(threading.Event)
 
     def adapter(self, name: str) -> Path:
         """The folder of a run's adapter; a run trains one stage, so it has one."""
@@ -123,14 +121,6 @@ class Study:
 
     def train(self, runs: list[Run]) -> None:
         def one(run: Run) -> None:
-            try:
-                train_one(run)
-            finally:
-                self.finished[run.name].set()
-
-        def train_one(run: Run) -> None:
-            if run.after and self.options.part == "all":
-                self.finished[run.after].wait()
             if run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
                 self.failed.append(f"{run.name}, which needs {run.after}")
                 return
@@ -201,7 +191,8 @@ class Study:
 
     def chosen(self) -> dict:
         """What the search found."""
-        return json.loads((self.work / ("dry_run.json" if self.options.dry_run else "search.json")).read_text())
+        found = self.work / "search.json"
+        return json.loads((found if found.exists() else self.work / "dry_run.json").read_text())
 
     def schedule(self, stage: str, rate: str, epochs: float) -> str:
         prefix = "sft_" if stage == "sft" else ""
@@ -227,6 +218,11 @@ class Study:
     # ------------------------------------------------------------------------------------------ main comparison
 
     def main(self) -> None:
+        self.compare()
+        self.more()
+
+    def compare(self) -> None:
+        """Each seed's arms, then their scores."""
         chosen = self.chosen()
         seen = chosen["sft"]["epochs"] + chosen["dpo"]["epochs"]
         plan = {
@@ -237,21 +233,33 @@ class Study:
         }
 
         def one_seed(seed: int) -> None:
-            turn = SEEDS.index(seed)
-            first = [
-                Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}", priority=turn) for arm in ARMS[:3]
-            ]
-            self.train(first[:1])  # DPO waits for it
-            last = Run(f"main/dpo_{seed}", "dpo", f"{plan['dpo']} --seed {seed}", f"main/sft_{seed}", priority=turn)
-            self.train([last, *first[1:]])
-            generate = "--strangers true" + (" --second_bits 16 --generate_users 100" if seed == SEEDS[0] else "")
-            self.evaluate(f"main/eval_{seed}", {arm: f"main/{arm}_{seed}" for arm in ARMS}, generate)
+            def run(arm: str) -> Run:
+                after = f"main/sft_{seed}" if arm == "dpo" else None
+                return Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}", after, None, SEEDS.index(seed))
 
-        self.side_by_side(one_seed, SEEDS[: self.options.seeds])
+            def sft_then_dpo(arms: tuple[str, ...]) -> None:
+                for arm in arms:
+                    self.train([run(arm)])
+
+            self.side_by_side(sft_then_dpo, [("sft", "dpo"), ("sft_long",), ("dpo_base",)])
+
+        seeds = SEEDS[: self.options.seeds]
+        self.side_by_side(one_seed, seeds)  # all of them before any is scored: scoring beside training is slow
+        self.side_by_side(lambda seed: self.evaluate(f"main/eval_{seed}", self.arms_of(seed), "--strangers true"), seeds)
+
+    def arms_of(self, seed: int) -> dict[str, str]:
+        return {arm: f"main/{arm}_{seed}" for arm in ARMS}
+
+    def more(self) -> None:
+        """What costs most, for the first seed alone: generated answers, and the same adapters on 16-bit weights."""
+        flags = "--strangers false --second_bits 16 --generate_users 100"
+        self.evaluate(f"main/eval_{SEEDS[0]}_more", self.arms_of(SEEDS[0]), flags)
 
     def all(self) -> None:
-        self.search()
-        self.side_by_side(lambda part: part(), [self.main, self.ablations])
+        if not (self.work / "search.json").exists():
+            self.search()
+        self.compare()
+        self.side_by_side(lambda part: part(), [self.more, self.ablations])
 
     # ---------------------------------------------------------------------------------------------- ablations
 
@@ -265,8 +273,14 @@ class Study:
             return name, [Run(f"ablations/sft_{name}", "sft", f"{sft} {flags}", None, pairs),
                           Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", f"ablations/sft_{name}", pairs)], pairs  # fmt: skip
 
-        def dpo_only(name: str, flags: str) -> tuple[str, list[Run], None]:
-            return name, [Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", main_sft)], None
+        def dpo_only(name: str, flags: str, schedule: str = dpo) -> tuple[str, list[Run], None]:
+            return name, [Run(f"ablations/dpo_{name}", "dpo", f"{schedule} {flags}".strip(), main_sft)], None
+
+        def at_rate(stage: str, times: float) -> tuple[str, list[Run], None]:
+            schedule = self.schedule(stage, f"{float(chosen[stage]['rate']) * times:.2g}", chosen[stage]["epochs"])
+            if stage == "dpo":
+                return dpo_only(f"rate_x{times}", "", schedule)
+            return f"rate_x{times}_sft", [Run(f"ablations/sft_rate_x{times}_sft", "sft", schedule)], None
 
         steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
         few = {  # as many steps as with all pairs, but each pair at most 20 times
@@ -276,16 +290,13 @@ class Study:
             for count in (128, 1024)
         }
         jobs = [
+            *(both(f"{bits}bit", f"--bits {bits}") for bits in (8, 16)),  # 8 bits train slowest
             both("original_order", "--option_order original"),
             *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
             *(both(f"{count}_pairs", f"--max_pairs {count} {few[count]}") for count in few),
-            *(both(f"{bits}bit", f"--bits {bits}") for bits in (16, 8)),
             *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
             *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
-            *(
-                dpo_only(f"rate_x{factor}", f"--learning_rate {float(chosen['dpo']['rate']) * factor:.2g}")
-                for factor in (0.32, 3.2)
-            ),
+            *(at_rate(stage, times) for stage in ("dpo", "sft") for times in (0.32, 3.2)),
             *(
                 both(f"negatives_{kind}", "--validation_pairs 0", pairs)
                 for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)
@@ -309,6 +320,7 @@ class Study:
 PANELS = {  # title: [(label, study of the ablations; "" is the main comparison's first seed)]
     "beta": [("0.05", "beta_0.05"), ("0.1", ""), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
     "learning rate of DPO": [("x 0.32", "rate_x0.32"), ("x 1", ""), ("x 3.2", "rate_x3.2")],
+    "learning rate of SFT": [("x 0.32", "rate_x0.32_sft"), ("x 1", ""), ("x 3.2", "rate_x3.2_sft")],
     "bits, trained and read": [("4", ""), ("8", "8bit"), ("16", "16bit")],
     "training pairs": [("128", "128_pairs"), ("1,024", "1024_pairs"), ("4,768", "")],
     "LoRA rank": [("8", "rank_8"), ("16", ""), ("64", "rank_64")],
@@ -319,14 +331,14 @@ PANELS = {  # title: [(label, study of the ablations; "" is the main comparison'
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
 
-def collect(work: Path, results: Path) -> None:
+def collect(work: Path, results: Path, arms: list[str]) -> None:
     """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands."""
     parts = [
         pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))
     ]
     for part in parts:
-        if not set(ARMS) <= set(part["arm"]):
-            sys.exit(f"collect: a seed lacks {set(ARMS) - set(part['arm'])}")
+        if not set(arms) <= set(part["arm"]):
+            sys.exit(f"collect: a seed lacks {set(arms) - set(part['arm'])}")
     key = ["arm", "seed", "pair_id", "order", "history"]
     write_predictions(pd.concat(parts).drop_duplicates(key), results / "predictions.csv.gz")
     parts = []
@@ -454,7 +466,7 @@ def draw_ablations(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
-        figure, axes = plt.subplots(2, 4, figsize=(10, 4.4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(3, 3, figsize=(9, 6.6), sharey=True, layout="constrained")
         for axis, (title, points) in zip(axes.flat, PANELS.items(), strict=True):
             points = [(label, study) for label, study in points if study in found]
             for shift, (stage, style) in enumerate((("sft", "s"), ("dpo", "o"))):
@@ -537,6 +549,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=6, help="training runs at a time")
     parser.add_argument("--evaluations", type=int, default=3, help="evaluations at a time")
     parser.add_argument("--gpus", nargs="+", default=["0"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="collect: what each seed must have")
     parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
@@ -547,7 +560,7 @@ def main() -> None:
             sys.exit(f"failed: {study.failed}")
         return
     if options.part == "collect":
-        collect(Path(options.work), options.results)
+        collect(Path(options.work), options.results, options.arms)
     report(options.results)
 
 
