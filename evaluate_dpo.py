@@ -51,6 +51,7 @@ MEASURES = {  # name: (label, unit)
     "brier_score": ("Brier score of the decision", ""),
     "calibration_error": ("expected calibration error of the decision", ""),
 }
+COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # whose differences between arms are given
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
 MARGINS = ("decision_margin", "response_margin")
 ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
@@ -87,7 +88,9 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
         config.write_text(folder / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     config.write_json(folder / "metrics.json", metrics)
-    config.write_text(folder / "report.md", report(metrics, generation, run["mismatches"]))
+    model = model_of(run if "settings" in run else source.with_name("run.json"))
+    notes = [f"mismatch: {text}" for text in run["mismatches"]] + [f"note: {text}" for text in run.get("notes", ())]
+    config.write_text(folder / "report.md", report(metrics, generation, notes, model))
     config.write_text(folder / "table.tex", latex(metrics))
     plot_all(predictions, metrics, folder / "figures")
     if not settings.from_predictions:
@@ -96,8 +99,15 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
         for arm, folders in reversed(run["adapters"].items()):  # where two arms have one folder, the first one's card stays
             for adapter in dict.fromkeys(folders.values()):
                 print(write_card(Path(adapter), settings, arm, metrics, run["mismatches"]))
-    notes = "".join(f"\nmismatch: {mismatch}" for mismatch in run["mismatches"])
-    print(table(metrics) + "\n" + notes + "\n" + summary(metrics) + f"\n\nwritten to {folder}")
+    print(table(metrics) + "\n" + "".join(f"\n{text}" for text in notes) + "\n" + summary(metrics, model) + f"\n\nwritten to {folder}")
+
+
+def model_of(run: dict[str, Any] | Path) -> str:
+    """The base model and its precision as a run.json of evaluation has them, in words; "" where there is none."""
+    if isinstance(run, Path):
+        run = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    settings = run.get("settings", {})
+    return f"{settings['base_model']} in {settings['bits']} bits" if "base_model" in settings else ""
 
 
 def forget(folder: Path, *names: str) -> None:
@@ -166,6 +176,7 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         "data": {"pairs_sha256": config.file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
         "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
         "mismatches": mismatches,
+        "notes": notes_on(test, adapters),
         "processes": config.process_count(),
         "seconds": seconds,
         **config.environment_facts(),
@@ -315,6 +326,34 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
             seed = config.trained_seed(folder)
             seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
     return adapters, mismatches
+
+
+def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list[str]:
+    """What the predictions cannot show and their reader must know: repeated histories, and unequal training."""
+    notes = []
+    repeated = len(test) - len({pair.history for pair in test})
+    if repeated > 0.01 * len(test):
+        notes.append(f"{repeated:,} of {len(test):,} test pairs share their history with another: intervals take each for a user of its own")
+    seen = {arm: max(map(rows_seen, folders.values())) for arm, folders in adapters.items()}
+    longer = any(arm.startswith("sft_") for arm in seen)
+    if seen.get("sft") and seen.get("dpo", 0) > seen["sft"] and not longer:
+        notes.append(
+            f"dpo has seen {seen['dpo']:,} pairs in training, its SFT start included, and sft {seen['sft']:,}: an arm of longer SFT, "
+            "named sft_long or the like, would tell DPO from more training"
+        )
+    return notes
+
+
+def rows_seen(folder: Path) -> int:
+    """Pairs seen by an adapter in all its training, with those of the SFT adapter that it began with; 0 if unknown."""
+    seen = 0
+    while (folder / "run.json").is_file():
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        seen += run.get("rows_seen") or 0
+        if not run.get("initial_adapter"):
+            return seen
+        folder = Path(run["initial_adapter"])
+    return 0
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> Any:
@@ -645,13 +684,17 @@ def detectable_difference(differences: np.ndarray) -> float:
     return float((norm.ppf(0.975) + norm.ppf(0.8)) * differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
-def verdict(difference: float, low: float, high: float) -> str:
-    """The verdict on DPO - SFT, all in percentage points of ranking accuracy; the first rule that holds."""
+def verdict(difference: float, low: float, high: float, one_letter: bool = False) -> str:
+    """The verdict on DPO - SFT, all in percentage points of ranking accuracy; the first rule that holds.
+
+    Where both arms answer one letter almost whatever the options are, both have 50% for that reason alone, and equal
+    accuracies say nothing of how they compare: that is INCONCLUSIVE.
+    """
     if difference > 2 and low > 0:
         return "SUPPORTED"
     if difference < 0 and high < 0:
         return "NOT SUPPORTED"
-    if low >= -1 and high <= 1:
+    if low >= -1 and high <= 1 and not one_letter:
         return "PARTIAL: comparable"
     if difference > 0 and low > 0:
         return "PARTIAL: small gain"
@@ -716,7 +759,7 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
     users = own["pair_id"].drop_duplicates().sort_values()
     popular = own.drop_duplicates("pair_id").set_index("pair_id")["preferred_more_popular"].reindex(users)
     more_popular = popular.map({"true": 1.0, "false": 0.0}).to_numpy(dtype=float)
-    samples: dict[str, np.ndarray] = {}  # of ranking accuracy, (resamples, seeds)
+    samples: dict[str, dict[str, np.ndarray]] = {}  # by arm and measure, (resamples, seeds)
     accuracy: dict[str, np.ndarray] = {}
     order_free: dict[str, np.ndarray] = {}
     metrics: dict[str, Any] = {
@@ -748,42 +791,59 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
             value = scale * np.mean([reduce_columns(name, columns[name].mean(axis=0)) for columns in by_seed])
             drawn = np.stack([scale * reduce_columns(name, part[name]) for part in split], axis=1)
             found[name] = estimate(value, over_seeds(drawn, seed))
-            if name == "ranking_accuracy":
-                samples[arm] = drawn
+            if name in COMPARED:
+                samples.setdefault(arm, {})[name] = drawn
         accuracy[arm] = np.mean([columns["ranking_accuracy"][:, 0] for columns in by_seed], axis=0)
         order_free[arm] = wins(total)
         metrics["arms"][arm] = found
 
     models = [(arm, *arm.partition("@")) for arm in accuracy if metrics["arms"][arm]["kind"] == "model"]
     pairs_of_arms = [(arm, "sft" + at + bits) for arm, name, at, bits in models if name != "sft"]  # in one precision
-    pairs_of_arms += [("dpo", other) for other in ("base", "popularity")]
+    pairs_of_arms += [("dpo", arm) for arm in accuracy if arm not in ("dpo", "sft", "always A") and "@" not in arm]
     comparisons = {}
     for one, other in pairs_of_arms:
         if one in accuracy and other in accuracy:
-            paired = 100 * (accuracy[one] - accuracy[other])
-            smallest = detectable_difference(paired)
-            if samples[one].shape == samples[other].shape:
-                drawn = over_seeds(samples[one] - samples[other], seed)
-            else:
-                drawn = over_seeds(samples[one], seed) - over_seeds(samples[other], seed)
-            low, high = difference_interval(drawn, len(users))
+            differences = {}
+            for name in COMPARED:
+                values = [metrics["arms"][arm][name]["value"] for arm in (one, other)]
+                drawn = None if None in values else paired_samples(samples[one][name], samples[other][name], seed)
+                low, high = (math.nan, math.nan) if drawn is None else difference_interval(drawn, len(users))
+                value = math.nan if drawn is None else values[0] - values[1]
+                differences[name] = {"value": number(value), "low": number(low), "high": number(high)}
+            found = differences.pop("ranking_accuracy")
+            smallest = detectable_difference(100 * (accuracy[one] - accuracy[other])) + 100 / len(users)
             comparisons[f"{one} - {other}"] = {
-                **{"value": number(paired.mean()), "low": number(low), "high": number(high)},
+                **found,
+                **differences,
                 "p": mcnemar(order_free[one], order_free[other]),
                 "detectable_points": number(smallest),
                 # six users on one side are the fewest for which McNemar's exact p is below 0.05
                 "users_needed_for_2_points": max(300, math.ceil(len(users) * (smallest / 2) ** 2)),
-                "users_needed_to_decide": math.ceil(len(users) * max(1.0, high - low) ** 2),
+                "users_needed_to_decide": math.ceil(len(users) * max(1.0, found["high"] - found["low"]) ** 2),
             }
     for comparison, p in zip(comparisons.values(), holm([found["p"] for found in comparisons.values()]), strict=True):
         comparison["p_holm"] = p
     metrics["comparisons"] = comparisons
     if "dpo - sft" in comparisons:
         found = comparisons["dpo - sft"]
-        metrics["verdict"] = verdict(found["value"], found["low"], found["high"])
+        one_letter = all(letter_always_answered(metrics["arms"][arm]) for arm in ("sft", "dpo"))
+        metrics["verdict"] = verdict(found["value"], found["low"], found["high"], one_letter)
         metrics["caveats"] = caveats(metrics)
         metrics["sentence"] = sentence(metrics)
     return metrics
+
+
+def paired_samples(one: np.ndarray, other: np.ndarray, seed: int) -> np.ndarray:
+    """Bootstrap samples of the difference of two arms, (resamples,), from each arm's samples (resamples, seeds)."""
+    if one.shape == other.shape:
+        return over_seeds(one - other, seed)
+    return over_seeds(one, seed) - over_seeds(other, seed)
+
+
+def letter_always_answered(measures: dict[str, Any]) -> str:
+    """The letter that an arm answers almost whatever the options are (position bias of 90 points or more), or ""."""
+    bias = measures["position_bias"]["value"]
+    return "" if abs(bias) < 90 else "A" if bias > 0 else "B"
 
 
 def margins(rows: pd.DataFrame, name: str, users: pd.Series) -> np.ndarray:
@@ -839,32 +899,51 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    """The comparison of DPO with SFT in words, with its caveats, verdict last."""
+def summary(metrics: dict[str, Any], model: str = "") -> str:
+    """The comparison of DPO with SFT in words, with its caveats, verdict last; model is what the adapters belong to."""
     if "verdict" not in metrics:
         return "no verdict: there is no arm named sft, or none named dpo"
-    found = metrics["comparisons"]["dpo - sft"]
+    found, arms = metrics["comparisons"]["dpo - sft"], metrics["arms"]
+    several = max(arms[arm]["seeds"] for arm in ("sft", "dpo")) > 1
     lines = [
         f"DPO - SFT: {found['value']:+.1f} points of ranking accuracy, 95% interval [{found['low']:+.1f}, {found['high']:+.1f}], "
         f"{metrics['users']:,} users",
-        f"McNemar on order-free decisions: p = {found['p']:.3g}, {found['p_holm']:.3g} after Holm's correction",
+        *(
+            f"  {label}: {interval_text(found[name])} points"
+            for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses"))
+            if found[name]["value"] is not None
+        ),
+        f"McNemar on order-free decisions{' of all training runs together' if several else ''}: p = {found['p']:.3g}, "
+        f"{found['p_holm']:.3g} after Holm's correction for {len(metrics['comparisons'])} comparisons",
     ]
-    if found["detectable_points"]:
-        lines.append(f"smallest difference that these users could show with 80% power: {found['detectable_points']:.1f} points")
+    if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
+        lines.append("both answer one letter almost always: more test users would not decide between them")
     else:
-        lines.append("both arms are right equally often on every single user: there is no difference to detect")
-    if metrics["verdict"] == "INCONCLUSIVE":
+        without = ", the variation between training runs left out" if several else ""
         lines.append(
-            f"test users needed: about {found['users_needed_for_2_points']:,} to show a difference of 2 points with 80% power, "
-            f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points, which always decides"
+            f"smallest difference that these users tell from 0 with 80% power: {found['detectable_points']:.1f} points{without}"
         )
+        if metrics["verdict"] == "INCONCLUSIVE" and several:
+            lines.append("more training runs narrow the part of the interval that more users do not")
+        elif metrics["verdict"] == "INCONCLUSIVE":
+            lines.append(
+                f"test users needed: about {found['users_needed_for_2_points']:,} to tell 2 points from 0 with 80% power, "
+                f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points, which always decides"
+            )
     lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
-    lines.append(f"to quote: {metrics['sentence']}")
+    lines.append(f"to quote: {sentence(metrics, model)}")
     return "\n".join([*lines, f"verdict: {metrics['verdict']}"])
 
 
-def sentence(metrics: dict[str, Any]) -> str:
-    """The result as a sentence that a thesis may quote; it holds only together with its caveats."""
+def interval_text(difference: dict[str, float]) -> str:
+    return f"{difference['value']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+
+
+def sentence(metrics: dict[str, Any], model: str = "") -> str:
+    """The result as a sentence that a thesis may quote; it holds only together with its caveats.
+
+    What model it is of is not in the predictions, so that metrics.json cannot say it; model adds it.
+    """
     found, arms = metrics["comparisons"]["dpo - sft"], metrics["arms"]
     says = {
         "SUPPORTED": "which supports that DPO improves ranking adherence over SFT",
@@ -873,33 +952,43 @@ def sentence(metrics: dict[str, Any]) -> str:
         "PARTIAL: small gain": "a gain too small for the two points asked for",
         "INCONCLUSIVE": "which is too uncertain to decide whether DPO improves ranking adherence over SFT",
     }[metrics["verdict"]]
+    if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
+        says = "which says nothing of how they compare, since both answer one letter almost always"
     runs = [arms[arm]["seeds"] for arm in ("dpo", "sft")]
     trained = "one training run each" if max(runs) == 1 else f"{runs[0]} and {runs[1]} training runs"
+    tested = "on order-free decisions" + (" of all runs together" if max(runs) > 1 else "")
     accuracies = " and ".join(f"{arms[arm]['ranking_accuracy']['value']:.1f}%" for arm in ("dpo", "sft"))
     popularity = arms.get("popularity")
     baseline = f" Recommending the more popular film scores {popularity['ranking_accuracy']['value']:.1f}%." if popularity else ""
     return (
-        f"On {metrics['users']:,} held-out users, each shown both orders of the options, DPO and SFT reached a ranking accuracy "
+        f"On {metrics['users']:,} held-out users, each shown both orders of the options, DPO and SFT "
+        f"{f'of {model} ' if model else ''}reached a ranking accuracy "
         f"of {accuracies} ({trained}), a difference of {found['value']:+.1f} percentage points "
-        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} on order-free "
-        f"decisions), {says}.{baseline}"
+        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} {tested}), {says}.{baseline}"
     )
 
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the verdict must know, each raised by rule."""
-    arms = metrics["arms"]
-    found = [caveat for arm in ("sft", "dpo") for caveat in caveats_of(arm, metrics)]
-    against = metrics["comparisons"].get("dpo - popularity")
-    if against and against["value"] < 0:
-        popularity, dpo = (arms[arm]["ranking_accuracy"]["value"] for arm in ("popularity", "dpo"))
-        found.append(f"dpo ({dpo:.1f}%) loses to taking the more popular film ({popularity:.1f}%)")
-    difference = metrics["comparisons"]["dpo - sft"]
-    if difference["low"] * difference["high"] > 0 and difference["p_holm"] >= 0.05:
+    arms, comparisons = metrics["arms"], metrics["comparisons"]
+    models = [arm for arm, measures in arms.items() if measures["kind"] == "model" and arm != "base" and "@" not in arm]
+    found = [caveat for arm in models for caveat in caveats_of(arm, metrics)]
+    better = [arm for arm in arms if arms[arm]["kind"] == "baseline" and comparisons.get(f"dpo - {arm}", {"value": 0})["value"] < 0]
+    if better:
+        names = {"popularity": "taking the more popular film"}
+        listed = ", ".join(f"{names.get(arm, arm)} ({arms[arm]['ranking_accuracy']['value']:.1f}%)" for arm in better)
+        found.append(f"dpo ({arms['dpo']['ranking_accuracy']['value']:.1f}%) loses to {listed}")
+    difference = comparisons["dpo - sft"]
+    order_free = difference["order_free_accuracy"]
+    if difference["low"] * difference["high"] > 0 and order_free["low"] <= 0 <= order_free["high"]:
         found.append(
-            f"with both orders taken together dpo and sft do not differ (p = {difference['p_holm']:.2g}): what differs is how much "
-            "they lean to one letter, not which film they prefer"
+            f"with both orders taken together the difference is {interval_text(order_free)} points, which may be 0: what differs may be "
+            "how much they lean to one letter and not which film they prefer"
         )
+    for arm in models:
+        if arm.startswith("sft_") and comparisons[f"dpo - {arm}"]["low"] <= 0 < difference["low"]:
+            also = comparisons[f"dpo - {arm}"]
+            found.append(f"dpo is better than sft but not clearly than {arm} ({interval_text(also)} points): more SFT may do as well")
     if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
         found.append("one training run an arm: what another seed would give is not in the interval")
     return found
@@ -908,10 +997,13 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
 def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
     """What a reader of one arm's measures must know, whatever it is compared with."""
     found, measures = [], metrics["arms"][arm]
-    bias = measures["position_bias"]["value"]
-    if abs(bias) >= 90:
-        letter = "A" if bias > 0 else "B"
+    letter = letter_always_answered(measures)
+    if letter:
         found.append(f"{arm} answers {letter} almost whatever the options are: its ranking accuracy is 50% for that reason")
+    against = measures["accuracy_against_popularity"]
+    if not letter and against["value"] is not None and against["low"] <= 50:
+        interval = f"{against['value']:.1f}% [{against['low']:.1f}, {against['high']:.1f}]"
+        found.append(f"{arm} is no better than chance where the less popular film is the right one: {interval}")
     gap = measures["personalisation_gap"]
     if gap["value"] is not None and gap["low"] <= 0:
         found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")
@@ -939,25 +1031,30 @@ def latex(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def report(metrics: dict[str, Any], generation: dict[str, Any] | None = None, mismatches: Sequence[str] = ()) -> str:
+def report(
+    metrics: dict[str, Any], generation: dict[str, Any] | None = None, notes: Sequence[str] = (), model: str = ""
+) -> str:
     """All measures and the verdict as Markdown."""
     arms = metrics["arms"]
-    lines = ["# DPO against SFT: ranking adherence", "", f"{metrics['users']:,} test users, both orders; 95% intervals.", ""]
+    scored = f"{metrics['users']:,} test users, both orders; 95% intervals.{f' Adapters of {model}.' if model else ''}"
+    lines = ["# DPO against SFT: ranking adherence", "", scored, ""]
     lines += ["| measure | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
     for name, (label, unit) in MEASURES.items():
         heading = f"{label} ({unit})" if unit else label
         lines.append(f"| {heading} | " + " | ".join(cell(arms[arm][name], unit) for arm in arms) + " |")
     lines.append("| decisions by less than 0.01 nats | " + " | ".join(str(arms[arm]["near_ties"] or "-") for arm in arms) + " |")
-    lines += ["", "| comparison | points of ranking accuracy | p (McNemar) | p (Holm) | detectable points |", "|---|---|---|---|---|"]
+    heads = ["comparison", "points of ranking accuracy", "order-free", "whole responses", "p (McNemar)", "p (Holm)", "detectable points"]
+    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, found in metrics["comparisons"].items():
-        values = [cell(found, "points"), *(f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points"))]
+        values = [cell(part, "points") for part in (found, found["order_free_accuracy"], found["response_accuracy"])]
+        values += [f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points")]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     if generation:
         columns = ["answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre"]
         lines += ["", "| generated answers | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---|" * len(columns)]
         lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in columns) + " |" for arm, found in generation.items()]
-    lines += ["", *(f"**Mismatch:** {html.escape(mismatch)}  " for mismatch in mismatches)]
-    return "\n".join([*lines, *(line + "  " for line in summary(metrics).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
+    lines += ["", *(f"**{text.partition(': ')[0].capitalize()}:** {html.escape(text.partition(': ')[2])}  " for text in notes)]
+    return "\n".join([*lines, *(line + "  " for line in summary(metrics, model).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
 
 
 # ----------------------------------------------------------------------------------------------- model cards

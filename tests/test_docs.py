@@ -281,7 +281,8 @@ def test_the_table_of_the_readme_is_that_of_the_committed_results():
     readme = read("README.md")
     source, shown = re.search(r"<!-- table: (\S+) -->\n```text\n(.*?)```", readme, re.S).groups()
     metrics = json.loads(read(source))
-    assert shown == evaluate_dpo.table(metrics) + "\n\n" + evaluate_dpo.summary(metrics) + "\n"
+    model = evaluate_dpo.model_of((config.ROOT / source).with_name("run.json"))
+    assert shown == evaluate_dpo.table(metrics) + "\n\n" + evaluate_dpo.summary(metrics, model) + "\n"
 
 
 def test_every_link_of_the_documents_leads_somewhere():

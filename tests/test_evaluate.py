@@ -222,6 +222,63 @@ def test_an_arm_that_answers_one_letter_is_told_so():
     assert any("dpo answers B" in caveat for caveat in found["caveats"])
 
 
+def test_two_arms_that_answer_one_letter_are_not_called_comparable():
+    always_b = np.tile([-1.0, 1.0], (400, 1))
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=always_b, dpo=always_b), 100, 0)
+    assert (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"]) == (-0.25, "INCONCLUSIVE")
+    assert "both answer one letter" in metrics["sentence"] and "users needed" not in evaluate_dpo.summary(metrics)
+    fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=fair, dpo=fair), 100, 0)
+    assert metrics["verdict"] == "PARTIAL: comparable"
+
+
+def test_dpo_is_compared_with_longer_sft_too():
+    random = np.random.default_rng(1)
+    level = random.uniform(size=(600, 1))
+    sft, longer, dpo = (np.repeat(np.where(level < share, 1.0, -1.0), 2, axis=1) for share in (0.6, 0.7, 0.7))
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=longer, dpo=dpo), 300, 0)
+    assert metrics["verdict"] == "SUPPORTED" and metrics["comparisons"]["dpo - sft_long"]["value"] == 0
+    assert any("than sft_long" in caveat for caveat in metrics["caveats"])
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=sft, dpo=dpo), 300, 0)
+    assert not any("than sft_long" in caveat for caveat in metrics["caveats"])
+
+
+def test_differences_are_given_for_each_measure_that_is_compared():
+    random = np.random.default_rng(2)
+    sft, dpo = random.normal(size=(2, 300, 2))
+    rows = predictions_of(sft=sft, dpo=dpo)
+    rows.loc[rows["arm"] == "dpo", "response_margin"] = 1.0
+    metrics = evaluate_dpo.compute_metrics(rows, 300, 0)
+    found, arms = metrics["comparisons"]["dpo - sft"], metrics["arms"]
+    for name in ("order_free_accuracy", "response_accuracy"):
+        assert found[name]["value"] == pytest.approx(arms["dpo"][name]["value"] - arms["sft"][name]["value"], abs=1e-6)
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+    assert found["response_accuracy"]["low"] > 40
+
+
+def test_chance_against_popularity_is_told():
+    popular = np.arange(60) % 3 > 0
+    follows = np.repeat(np.where(popular, 1.0, -1.0)[:, None], 2, axis=1)
+    rows = predictions_of(sft=follows, dpo=np.ones((60, 2)))
+    rows["preferred_more_popular"] = [str(bool(margin > 0)).lower() for margin in np.tile(rows[rows["arm"] == "sft"]["decision_margin"], 2)]
+    told = [text for text in evaluate_dpo.compute_metrics(rows, 100, 0)["caveats"] if "less popular film is the right one" in text]
+    assert len(told) == 1 and told[0].startswith("sft is no better than chance")
+
+
+def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
+    for name, seen, start in (("sft", 100, None), ("dpo", 50, "sft"), ("sft_long", 150, None)):
+        (tmp_path / name).mkdir()
+        run = {"rows_seen": seen, "initial_adapter": str(tmp_path / start) if start else None}
+        (tmp_path / name / "run.json").write_text(json.dumps(run))
+    adapters = {name: {"1": tmp_path / name} for name in ("sft", "dpo", "sft_long")}
+    pairs = make_pairs(30)
+    assert evaluate_dpo.notes_on(pairs, adapters) == []
+    del adapters["sft_long"]
+    [note] = evaluate_dpo.notes_on(pairs, adapters)
+    assert "dpo has seen 150 pairs" in note and "sft 100" in note
+    assert "10 of 40 test pairs share their history" in evaluate_dpo.notes_on([*pairs, *pairs[:10]], {})[0]
+
+
 def test_a_gain_that_is_only_less_position_bias_is_told_so():
     """Both arms prefer the same films; one of them leans so much to B that its letter says so half the time."""
     random = np.random.default_rng(0)
