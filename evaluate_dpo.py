@@ -1158,6 +1158,8 @@ def model_card(
         index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
         limits += card_limits(arm, metrics)
+    if small:
+        limits.append("The base model's weights are unpacked from a file of 4 bits (GGUF Q4_1): close to the original's on the Hub, not the same")
     text = CARD.format(
         **{"kind": stage.upper() or "LoRA", "r": plain(lora.get("r")), "alpha": plain(lora.get("lora_alpha")), "precision": precision},
         **{"base_model": settings.base_model, "history": history, "data": described, "measures": measures, "settings": shown},

@@ -7,6 +7,7 @@ it is parsed by the programs' own parsers; what is not marked `<!-- needs a GPU 
 import ast
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -147,7 +148,8 @@ def test_the_blocks_that_need_no_gpu_run_one_after_the_other(ratings, tiny_model
                     monkeypatch.setattr(sys, "argv", [script, *flags])
                     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
                 elif words[1] == "-c":
-                    print(subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, text=True).stdout)
+                    at_root = os.environ | {"PYTHONPATH": str(config.ROOT)}
+                    print(subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, text=True, env=at_root).stdout)
                 said.append(capsys.readouterr().out)
     metrics = json.loads(Path("outputs/evaluation/metrics.json").read_text())
     assert said[-1].strip().splitlines() == [metrics["sentence"], *metrics["caveats"]]
@@ -326,15 +328,18 @@ def test_every_fault_that_is_documented_is_shown_by_a_test():
 def test_the_speeds_of_the_readme_are_those_that_were_measured():
     records = json.loads((config.ROOT / "docs" / "results" / "gpu.json").read_text(encoding="utf-8"))
 
-    def best(backend, trainer):
-        found = [record for record in records if (record["backend"], record["trainer"]) == (backend, trainer) and "failed" not in record]
+    def best(backend, trainer, micro_batch):
+        case = (backend, trainer, micro_batch)
+        found = [record for record in records if (record["backend"], record["trainer"], record["micro_batch"]) == case and "failed" not in record]
         return max(found, key=lambda record: record["pairs_per_second"])
 
     readme = " ".join((config.ROOT / "README.md").read_text(encoding="utf-8").split())
-    speeds = [best(*case)["pairs_per_second"] for case in (("unsloth", "shared"), ("unsloth", "stock"), ("hf", "stock"))]
-    first_epoch = 1 / (1 / speeds[0] + best("unsloth", "shared")["reference_seconds_per_pair"])
-    said = "{:.0f} pairs a second ({:.0f} in the epoch that computes the reference, too) where Unsloth's stock trainer does {:.0f}"
-    assert said.format(speeds[0], first_epoch, speeds[1]) + f" and transformers alone {speeds[2]:.0f} (" in readme
+    shared, unsloth, transformers = (best(*case, 8)["pairs_per_second"] for case in (("unsloth", "shared"), ("unsloth", "stock"), ("hf", "stock")))
+    fastest = best("unsloth", "shared", 16)
+    first_epoch = 1 / (1 / fastest["pairs_per_second"] + fastest["reference_seconds_per_pair"])
+    said = "{:.0f} pairs a second at micro-batch 8, where Unsloth's stock trainer does {:.0f} and transformers alone {:.0f}, and {:.0f} at 16"
+    said += " ({:.0f} in the epoch that computes the reference, too) ("
+    assert said.format(shared, unsloth, transformers, fastest["pairs_per_second"], first_epoch) in readme
 
 
 def test_the_tables_of_the_study_are_those_of_its_files():
