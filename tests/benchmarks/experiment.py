@@ -41,9 +41,15 @@ import evaluate_dpo  # noqa: E402
 from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
 
 SEEDS = (3407, 3408, 3409, 3410, 3411)
-RATES = {"sft": ("5e-4", "1e-3", "2e-3"), "dpo_base": ("1e-4", "2e-4", "5e-4"), "dpo": ("1e-4", "2e-4", "5e-4")}
 EPOCHS = (1, 2)
+GRID = {  # arm: (learning rate, epochs) of each trial; sft_long has seen at least as many pairs as dpo with its SFT
+    "sft": [*itertools.product(("5e-4", "1e-3", "2e-3", "4e-3"), EPOCHS)],
+    "sft_long": [*itertools.product(("1e-3", "2e-3", "4e-3"), (2 * max(EPOCHS),))],
+    "dpo_base": [*itertools.product(("1e-4", "2e-4", "5e-4"), EPOCHS)],
+    "dpo": [*itertools.product(("1e-4", "2e-4", "5e-4"), EPOCHS)],
+}
 STEPS_AN_EPOCH = 75  # 4,768 training pairs in batches of 64
+MODEL = f"{config.SMALL_MODEL} in 4 bits"
 ARMS = ("sft", "sft_long", "dpo_base", "dpo")
 
 
@@ -163,31 +169,40 @@ class Study:
     # ------------------------------------------------------------------------------------------------ search
 
     def search(self) -> None:
-        """Learning rate and epochs of SFT and of DPO, by ranking accuracy (ties by order-free) on training users held back."""
+        """Learning rate and epochs of each arm, by ranking accuracy (ties by order-free) on training users held back.
+
+        Trials that search.json has are not repeated, unless DPO started from an SFT that is no longer the best.
+        """
         pairs = str(self.work / "search.jsonl")
         write_pairs(pairs, split_pairs(load_pairs(self.options.pairs), 0.2)[0])
+        before = self.chosen() if (self.work / "search.json").exists() else {}
         chosen: dict[str, dict] = {}
 
         def choose(arm: str) -> None:
             stage, after = arm.partition("_")[0], chosen["sft"]["run"] if arm == "dpo" else None
+            known = before.get(arm, {"trials": []})["trials"]
+            known = [trial for trial in known if trial.get("after") == after]
+            there = {(trial["rate"], trial["epochs"]) for trial in known}
             runs = [
                 Run(f"search/{arm}_{rate}_{epochs}", stage, f"{self.schedule(stage, rate, epochs)} --validation_pairs 0", after, pairs)
-                for rate in RATES[arm]
-                for epochs in EPOCHS
+                for rate, epochs in GRID[arm]
+                if (rate, epochs) not in there
             ]
             for run in runs:
                 run.priority = arm == "dpo_base"  # the others wait for SFT
             self.train(runs)
-            self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
-            chosen[arm] = self.best(arm)
+            if runs:
+                self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
+            chosen[arm] = self.best(arm, known, after)
             print(arm, chosen[arm], flush=True)
 
         def one_after_the_other(arms: tuple[str, ...]) -> None:
             for arm in arms:
                 choose(arm)
 
-        self.side_by_side(one_after_the_other, [("sft", "dpo"), ("dpo_base",)])
-        config.write_json(self.work / ("dry_run.json" if self.options.dry_run else "search.json"), {arm: chosen[arm] for arm in RATES})
+        self.side_by_side(one_after_the_other, [("sft", "dpo"), ("sft_long",), ("dpo_base",)])
+        name = "dry_run.json" if self.options.dry_run else "search.json"
+        config.write_json(self.work / name, {arm: chosen[arm] for arm in GRID})
 
     def chosen(self) -> dict:
         """What the search found."""
@@ -198,20 +213,21 @@ class Study:
         prefix = "sft_" if stage == "sft" else ""
         return f"--{prefix}learning_rate {rate} --{prefix}epochs {epochs}"
 
-    def best(self, arm: str) -> dict:
-        found = []
-        for path in self.work.glob("search/eval_*/evaluation/metrics.json"):
-            for name, measures in json.loads(path.read_text())["arms"].items():
-                kind, _, rest = name.rpartition("_")[0].rpartition("_")
-                if kind == arm:
-                    values = {
-                        key: measures[key]["value"] for key in ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
-                    }
-                    found.append({"run": f"search/{name}", "rate": rest, "epochs": int(name.rpartition("_")[2]), **values})
+    def best(self, arm: str, known: list[dict], after: str | None) -> dict:
+        """The best trial of an arm, with all of them: those known before, and those scored now."""
+        found = list(known)
+        path = self.work / f"search/eval_{arm}/evaluation/metrics.json"
+        measured = json.loads(path.read_text())["arms"] if path.exists() else {}
+        for name, measures in measured.items():
+            if name.startswith(f"{arm}_"):
+                rate, epochs = name.removeprefix(f"{arm}_").split("_")
+                values = {key: measures[key]["value"] for key in ("ranking_accuracy", "order_free_accuracy", "response_accuracy")}
+                found.append({"run": f"search/{name}", "rate": rate, "epochs": int(epochs), **values, **({"after": after} if after else {})})
         if self.options.dry_run:
-            found = [{"run": f"search/{arm}_{RATES[arm][1]}_1", "rate": RATES[arm][1], "epochs": 1, "ranking_accuracy": 0}]
-        elif len(found) != len(RATES[arm]) * len(EPOCHS):
-            sys.exit(f"search: {len(found)} of {len(RATES[arm]) * len(EPOCHS)} trials of {arm} came through: {self.failed}")
+            rate, epochs = GRID[arm][1 % len(GRID[arm])]
+            found = [{"run": f"search/{arm}_{rate}_{epochs}", "rate": rate, "epochs": epochs, "ranking_accuracy": 0}]
+        elif len({(trial["rate"], trial["epochs"]) for trial in found}) != len(GRID[arm]):
+            sys.exit(f"search: {len(found)} of {len(GRID[arm])} trials of {arm} came through: {self.failed}")
         found.sort(key=lambda trial: (-trial["ranking_accuracy"], -trial.get("order_free_accuracy", 0)))
         return found[0] | {"trials": found}
 
@@ -224,13 +240,7 @@ class Study:
     def compare(self) -> None:
         """Each seed's arms, then their scores."""
         chosen = self.chosen()
-        seen = chosen["sft"]["epochs"] + chosen["dpo"]["epochs"]
-        plan = {
-            "sft": self.schedule("sft", chosen["sft"]["rate"], chosen["sft"]["epochs"]),
-            "sft_long": self.schedule("sft", chosen["sft"]["rate"], seen),
-            "dpo_base": self.schedule("dpo", chosen["dpo_base"]["rate"], chosen["dpo_base"]["epochs"]),
-            "dpo": self.schedule("dpo", chosen["dpo"]["rate"], chosen["dpo"]["epochs"]),
-        }
+        plan = {arm: self.schedule(arm.partition("_")[0], chosen[arm]["rate"], chosen[arm]["epochs"]) for arm in ARMS}
 
         def one_seed(seed: int) -> None:
             def run(arm: str) -> Run:
@@ -256,8 +266,7 @@ class Study:
         self.evaluate(f"main/eval_{SEEDS[0]}_more", self.arms_of(SEEDS[0]), flags)
 
     def all(self) -> None:
-        if not (self.work / "search.json").exists():
-            self.search()
+        self.search()
         self.compare()
         self.side_by_side(lambda part: part(), [self.more, self.ablations])
 
@@ -283,22 +292,23 @@ class Study:
             return f"rate_x{times}_sft", [Run(f"ablations/sft_rate_x{times}_sft", "sft", schedule)], None
 
         steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
-        few = {  # as many steps as with all pairs, but each pair at most 20 times
-            count: " ".join(
-                f"--{prefix}epochs {min(20, steps[stage] * 64 / count):g}" for stage, prefix in (("sft", "sft_"), ("dpo", ""))
-            )
-            for count in (128, 1024)
-        }
+
+        def as_long(count: float) -> str:
+            """As many steps as with all pairs, but each pair at most 20 times."""
+            epochs = {stage: min(20, steps[stage] * 64 / count) for stage in ("sft", "dpo")}
+            return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
+
         jobs = [
             *(both(f"{bits}bit", f"--bits {bits}") for bits in (8, 16)),  # 8 bits train slowest
             both("original_order", "--option_order original"),
+            both("both_orders", f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}"),
             *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
-            *(both(f"{count}_pairs", f"--max_pairs {count} {few[count]}") for count in few),
+            *(both(f"{count}_pairs", f"--max_pairs {count} {as_long(count)}") for count in (128, 1024)),
             *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
             *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
             *(at_rate(stage, times) for stage in ("dpo", "sft") for times in (0.32, 3.2)),
             *(
-                both(f"negatives_{kind}", "--validation_pairs 0", pairs)
+                both(f"negatives_{kind}", f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}", pairs)
                 for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)
             ),
         ]
@@ -325,7 +335,7 @@ PANELS = {  # title: [(label, study of the ablations; "" is the main comparison'
     "training pairs": [("128", "128_pairs"), ("1,024", "1024_pairs"), ("4,768", "")],
     "LoRA rank": [("8", "rank_8"), ("16", ""), ("64", "rank_64")],
     "loss": [("sigmoid", ""), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
-    "option order in training": [("balanced", ""), ("as in the file", "original_order")],
+    "option order in training": [("balanced", ""), ("both", "both_orders"), ("as in the file", "original_order")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
@@ -347,17 +357,26 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
         parts.append(rows.assign(study=path.parent.parent.name.removeprefix("eval_")))
     if parts:
         write_predictions(pd.concat(parts), results / "ablations.csv.gz")
+    answers = work / f"main/eval_{SEEDS[0]}_more/evaluation/generation.json"
+    if answers.exists():
+        config.write_text(results / "generation.json", without_machine(answers.read_text()))
     (results / "runs").mkdir(exist_ok=True)
-    for path in sorted(work.glob("*/*/*_final/run.json")):
-        run = json.loads(path.read_text())
+    for path in [*sorted(work.glob("*/*/*_final/run.json")), *sorted(work.glob("*/*/evaluation/run.json"))]:
+        run = json.loads(without_machine(path.read_text()))
         part, name = path.parts[-4:-2]
         if name.rpartition("_")[2] != str(SEEDS[0]):
             run["log_history"] = []  # of the other runs, what they cost is enough
         config.write_json(results / "runs" / f"{part}_{name}.run.json", run)
-    search = json.loads((work / "search.json").read_text())
-    config.write_json(results / "search.json", search)
-    lines = (work / "commands.sh").read_text().replace(f"{work}/", "outputs/study/").splitlines()
-    config.write_text(results / "commands.sh", "\n".join(dict.fromkeys(lines)) + "\n")
+    config.write_json(results / "search.json", json.loads((work / "search.json").read_text()))
+    earlier = results / "commands.sh"  # a study may be run in parts, on several machines
+    lines = (earlier.read_text() if earlier.exists() else "").splitlines()
+    lines += without_machine((work / "commands.sh").read_text()).splitlines()
+    config.write_text(earlier, "\n".join(dict.fromkeys(lines)) + "\n")
+
+
+def without_machine(text: str) -> str:
+    """A text whose paths begin at the project's folder."""
+    return re.sub(r"""[^"'\s=]*/outputs/study/""", "outputs/study/", text)
 
 
 def write_predictions(rows: pd.DataFrame, path: Path) -> None:
@@ -404,20 +423,23 @@ def tables(results: Path) -> dict[str, str]:
     ablated = []
     for title, points in PANELS.items():
         for label, study in points:
-            arms = found.get(study, {"arms": {}})["arms"]
-            both = [arms.get(f"{stage}_{study}" if study else stage) for stage in ("sft", "dpo")]
-            cells = [evaluate_dpo.cell(arm[name], "%") if arm else "" for name in shown[::2] for arm in both]
-            ablated.append([title, label, *cells])
-    seconds: dict[str, list[float]] = {}
+            if study not in found:
+                continue
+            arms, difference = found[study]["arms"], found[study]["dpo - sft"]
+            cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
+            ablated.append([title, label, *cells, evaluate_dpo.interval_text(difference) if difference else ""])
+    seconds: dict[tuple[str, str], list[float]] = {}
     for path in (results / "runs").glob("*.run.json"):
-        seconds.setdefault(path.name.partition("_")[0], []).append(json.loads(path.read_text())["wall_seconds"])
-    cost = [[part, len(spent), f"{sum(spent) / 60:.0f}"] for part, spent in sorted(seconds.items())]
+        run = json.loads(path.read_text())
+        kind = "training" if "wall_seconds" in run else "evaluation"
+        seconds.setdefault((path.name.partition("_")[0], kind), []).append(run.get("wall_seconds") or sum(run["seconds"].values()))
+    cost = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
     return {
-        "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics)}\n```",
+        "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
         "search": markdown(["arm", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
-        "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %"], ablated),
-        "cost": markdown(["part", "training runs", "minutes of training, summed over runs"], cost),
+        "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "DPO - SFT, ranking"], ablated),
+        "cost": markdown(["part", "what", "runs", "minutes, summed over runs"], cost),
     }
 
 
@@ -435,17 +457,13 @@ def ablations_of(results: Path) -> dict:
     """Measures of each ablation's arms, and of all arms under the usual protocol: one order, that of the file."""
     rows = pd.read_csv(results / "ablations.csv.gz", dtype={"seed": str, "preferred_more_popular": str}, keep_default_na=False,
                        na_values={name: [""] for name in evaluate_dpo.MARGINS})  # fmt: skip
-    found = {}
-    for study, part in rows.groupby("study", sort=False):
-        measured = evaluate_dpo.compute_metrics(part.drop(columns="study"), 10_000, SEEDS[0])
-        found[study] = {
-            "arms": {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or "negatives" in study}
-        }
     main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
-    first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@")]
-    found[""] = {
-        "arms": evaluate_dpo.compute_metrics(first, 10_000, SEEDS[0])["arms"]
-    }  # each ablation changes one thing of this seed
+    first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@") & (main_rows["history"] == "own")]
+    first_sft = first[first["arm"] == "sft"]  # each ablation changes one thing of this seed
+    found = {"": arms_and_difference(first)}
+    for study, part in rows.groupby("study", sort=False):
+        own = part.drop(columns="study").replace({"arm": {f"{stage}_{study}": stage for stage in ("sft", "dpo")}})
+        found[study] = arms_and_difference(own if (own["arm"] == "sft").any() else pd.concat([own, first_sft]), "negatives" in study)
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
     usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
     usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
@@ -456,6 +474,12 @@ def ablations_of(results: Path) -> dict:
         for arm, row in table.iterrows()
     }
     return found
+
+
+def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dict:
+    measured = evaluate_dpo.compute_metrics(rows, 10_000, SEEDS[0])
+    arms = {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or with_baselines}
+    return {"arms": arms, "dpo - sft": measured["comparisons"].get("dpo - sft")}
 
 
 def draw_ablations(found: dict, path: Path) -> None:
@@ -473,7 +497,7 @@ def draw_ablations(found: dict, path: Path) -> None:
                 for measure, fill, color in (("ranking_accuracy", "full", "black"), ("response_accuracy", "none", "0.5")):
                     for place, (_, study) in enumerate(points):
                         arms = found[study]["arms"]
-                        values = arms.get(f"{stage}_{study}" if study else stage)
+                        values = arms.get(stage)
                         if values is None or values[measure]["value"] is None:
                             continue
                         x = place + 0.24 * shift + (0.1 if fill == "none" else 0) - 0.17
