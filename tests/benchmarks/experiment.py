@@ -41,12 +41,11 @@ import evaluate_dpo  # noqa: E402
 from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
 
 SEEDS = (3407, 3408, 3409, 3410, 3411)
-EPOCHS = (1, 2)
-GRID = {  # arm: (learning rate, epochs) of each trial; sft_long has seen at least as many pairs as dpo with its SFT
-    "sft": [*itertools.product(("5e-4", "1e-3", "2e-3", "4e-3"), EPOCHS)],
-    "sft_long": [*itertools.product(("1e-3", "2e-3", "4e-3"), (2 * max(EPOCHS),))],
-    "dpo_base": [*itertools.product(("1e-4", "2e-4", "5e-4"), EPOCHS)],
-    "dpo": [*itertools.product(("1e-4", "2e-4", "5e-4"), EPOCHS)],
+GRID = {  # arm: (learning rate, epochs) of each trial; four epochs a stage at most, and as many as both stages for sft_long
+    "sft": [*itertools.product(("5e-4", "1e-3", "2e-3"), (1, 2)), *itertools.product(("1e-3", "2e-3", "4e-3"), (4,))],
+    "sft_long": [*itertools.product(("1e-3", "2e-3"), (8,))],
+    "dpo_base": [*itertools.product(("1e-4", "2e-4", "5e-4"), (1, 2)), *itertools.product(("2e-4", "5e-4"), (4,))],
+    "dpo": [*itertools.product(("1e-4", "2e-4", "5e-4"), (2, 4))],
 }
 STEPS_AN_EPOCH = 75  # 4,768 training pairs in batches of 64
 MODEL = f"{config.SMALL_MODEL} in 4 bits"
@@ -180,8 +179,8 @@ class Study:
 
         def choose(arm: str) -> None:
             stage, after = arm.partition("_")[0], chosen["sft"]["run"] if arm == "dpo" else None
-            known = before.get(arm, {"trials": []})["trials"]
-            known = [trial for trial in known if trial.get("after") == after]
+            earlier = before.get(arm, {"trials": []})
+            known = [trial for trial in earlier["trials"] if trial.get("after") == after]
             there = {(trial["rate"], trial["epochs"]) for trial in known}
             runs = [
                 Run(f"search/{arm}_{rate}_{epochs}", stage, f"{self.schedule(stage, rate, epochs)} --validation_pairs 0", after, pairs)
@@ -193,7 +192,8 @@ class Study:
             self.train(runs)
             if runs:
                 self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
-            chosen[arm] = self.best(arm, known, after)
+            superseded = [trial for trial in earlier["trials"] + earlier.get("superseded", []) if trial not in known]
+            chosen[arm] = self.best(arm, known, after) | ({"superseded": superseded} if superseded else {})
             print(arm, chosen[arm], flush=True)
 
         def one_after_the_other(arms: tuple[str, ...]) -> None:
@@ -206,8 +206,8 @@ class Study:
 
     def chosen(self) -> dict:
         """What the search found."""
-        found = self.work / "search.json"
-        return json.loads((found if found.exists() else self.work / "dry_run.json").read_text())
+        dry = self.work / "dry_run.json"
+        return json.loads((dry if self.options.dry_run and dry.exists() else self.work / "search.json").read_text())
 
     def schedule(self, stage: str, rate: str, epochs: float) -> str:
         prefix = "sft_" if stage == "sft" else ""
@@ -226,8 +226,8 @@ class Study:
         if self.options.dry_run:
             rate, epochs = GRID[arm][1 % len(GRID[arm])]
             found = [{"run": f"search/{arm}_{rate}_{epochs}", "rate": rate, "epochs": epochs, "ranking_accuracy": 0}]
-        elif len({(trial["rate"], trial["epochs"]) for trial in found}) != len(GRID[arm]):
-            sys.exit(f"search: {len(found)} of {len(GRID[arm])} trials of {arm} came through: {self.failed}")
+        elif missing := set(GRID[arm]) - {(trial["rate"], trial["epochs"]) for trial in found}:
+            sys.exit(f"search: of {arm} the trials {missing} did not come through: {self.failed}")
         found.sort(key=lambda trial: (-trial["ranking_accuracy"], -trial.get("order_free_accuracy", 0)))
         return found[0] | {"trials": found}
 
@@ -416,9 +416,9 @@ def filled(page: str, results: Path) -> str:
 def tables(results: Path) -> dict[str, str]:
     """The tables of docs/results/README.md, by name."""
     metrics, found, search = (json.loads((results / f"{name}.json").read_text()) for name in ("metrics", "ablations", "search"))
-    trials = [(arm, trial) for arm, best in search.items() for trial in best["trials"]]
+    trials = [(arm, trial) for arm, best in search.items() for trial in best["trials"] + best.get("superseded", [])]
     shown = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
-    tried = [[arm, trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown)] for arm, trial in trials]
+    tried = [[arm, trial.get("after", "base").removeprefix("search/"), trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown)] for arm, trial in trials]
     usual = [[arm, *(f"{value:.1f}" for value in values.values())] for arm, values in found["usual protocol"].items()]
     ablated = []
     for title, points in PANELS.items():
@@ -436,7 +436,7 @@ def tables(results: Path) -> dict[str, str]:
     cost = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
     return {
         "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
-        "search": markdown(["arm", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
+        "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "DPO - SFT, ranking"], ablated),
         "cost": markdown(["part", "what", "runs", "minutes, summed over runs"], cost),
@@ -567,7 +567,7 @@ def main() -> None:
         " --eval_steps 25 --save_steps 100000 --logging_steps 1",
         help="flags of every training",
     )
-    parser.add_argument("--sft_batch", type=int, default=32, help="micro-batch of SFT, which pads")
+    parser.add_argument("--sft_batch", type=int, default=64, help="micro-batch of SFT")
     parser.add_argument("--dpo_batch", type=int, default=64, help="micro-batch of DPO")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--slots", type=int, default=6, help="training runs at a time")
