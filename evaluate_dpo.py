@@ -911,7 +911,7 @@ def summary(metrics: dict[str, Any], model: str = "") -> str:
         *(
             f"  {label}: {interval_text(found[name])} points"
             for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses"))
-            if found[name]["value"] is not None
+            if found.get(name, {}).get("value") is not None  # a metrics.json of an earlier version has none
         ),
         f"McNemar on order-free decisions{' of all training runs together' if several else ''}: p = {found['p']:.3g}, "
         f"{found['p_holm']:.3g} after Holm's correction for {len(metrics['comparisons'])} comparisons",
@@ -1190,7 +1190,7 @@ def card_measures(settings: Settings, arm: str, metrics: dict[str, Any]) -> tupl
     lines = [
         f"{metrics['users']:,} users held out by a hash, each pair in both orders of its options, on {PRECISIONS[settings.bits][0]} weights, "
         f"computed in {'less than float32 (--fast)' if settings.fast else 'float32'}; 95% intervals in brackets. Ranking accuracy "
-        "is what greedy decoding answers, response accuracy which whole response is likelier; guessing has 50%."
+        "asks which option's letter is likelier after the answer's first words, response accuracy which whole response; guessing has 50%."
         + (f" Means over the arm's {found['seeds']} training runs, of which this is one." if found["seeds"] > 1 else ""),
         *("", "| measure | value |", "|---|---|", *(f"| {labels[name]} | {value} |" for name, value in cells.items()), ""),
         "Ranking accuracy of others: " + ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside) + ".",
