@@ -1,0 +1,121 @@
+"""The study's program: what it would run, without running it."""
+
+import json
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import experiment
+from conftest import make_pairs
+from data.pairs import load_pairs, split_pairs, write_pairs
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Calls experiment.py in a folder of its own, with 60 made-up pairs."""
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(60))
+
+    def call(part: str, *flags: str) -> list[dict[str, str]]:
+        words = ["experiment.py", part, "--pairs", str(tmp_path / "pairs.jsonl"), "--work", str(tmp_path / "work"), "--dry_run", *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        experiment.main()
+        lines = (tmp_path / "work" / "dry_run.sh").read_text().splitlines()
+        (tmp_path / "work" / "dry_run.sh").unlink()
+        return [flags_of(line) for line in lines]
+
+    return call
+
+
+def flags_of(line: str) -> dict[str, str]:
+    """{flag: its last value} of a command, and "script"."""
+    words = shlex.split(line)[1:]
+    return {"script": words[0]} | {word: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+
+
+def test_the_search_never_sees_a_test_user(study, tmp_path):
+    commands = study("search")
+    assert {Path(command["--pairs"]).name for command in commands} == {"search.jsonl"}
+    _, test = split_pairs(load_pairs(tmp_path / "pairs.jsonl"), 0.2)
+    searched = {pair.pair_id for pair in load_pairs(tmp_path / "work" / "search.jsonl")}
+    assert searched and not searched & {pair.pair_id for pair in test}
+    training = [command for command in commands if command["script"] == "train_dpo.py"]
+    assert len(training) == sum(len(trials) for trials in experiment.GRID.values())
+
+
+def test_each_seed_trains_every_arm_and_dpo_starts_from_its_own_sft(study):
+    study("search")
+    commands = study("main", "--seeds", "3")
+    training = [command for command in commands if command["script"] == "train_dpo.py"]
+    assert sorted(Path(command["--outputs"]).name for command in training) == sorted(
+        f"{arm}_{seed}" for arm in experiment.ARMS for seed in experiment.SEEDS[:3]
+    )
+    for command in training:
+        name, _, seed = Path(command["--outputs"]).name.rpartition("_")
+        assert command["--seed"] == seed
+        if name == "dpo":
+            assert f"/main/sft_{seed}/" in command["--sft_adapter"]
+    scored = [command for command in commands if command["script"] == "evaluate_dpo.py"]
+    assert [command["--strangers"] for command in scored].count("true") == 3
+
+
+def test_trials_that_are_there_are_not_repeated_unless_their_start_has_changed(study, tmp_path):
+    study("search")
+    found = json.loads((tmp_path / "work" / "dry_run.json").read_text())
+    trials = {
+        arm: [
+            {"run": f"search/{arm}_{rate}_{epochs}", "rate": rate, "epochs": epochs, "ranking_accuracy": 50 + number, "order_free_accuracy": 50}
+            for number, (rate, epochs) in enumerate(experiment.GRID[arm])
+        ]
+        for arm in found
+    }
+    start = trials["sft"][-1]["run"]
+
+    def command(self, script, flags, log, *rest):
+        ran.append(flags)
+        (tmp_path / "work" / log / "x_final").mkdir(parents=True, exist_ok=True)
+        return False  # nothing is measured
+
+    for name, trained in ((start, 0), ("search/sft_other", 1 + len(experiment.GRID["dpo"]))):  # and the SFT that DPO starts from
+        for trial in trials["dpo"]:
+            trial["after"] = name
+        known = {arm: max(given, key=lambda trial: trial["ranking_accuracy"]) | {"trials": given} for arm, given in trials.items()}
+        (tmp_path / "work" / "search.json").write_text(json.dumps(known))
+        (tmp_path / "work" / "dry_run.json").unlink(missing_ok=True)
+        options = ["experiment.py", "search", "--pairs", str(tmp_path / "pairs.jsonl"), "--work", str(tmp_path / "work")]
+        ran = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", options)
+            patch.setattr(experiment.Study, "command", command)
+            try:
+                experiment.main()
+            except SystemExit as error:  # the DPO trials that are to be made anew were not
+                assert trained and "trials" in str(error.code)
+        assert len([flags for flags in ran if "--stage" in flags]) == trained
+        assert trained or json.loads((tmp_path / "work" / "search.json").read_text())["sft"]["run"] == start
+
+
+def test_what_waits_for_a_slot_goes_by_priority():
+    slots, order = experiment.Slots(["0"]), []
+
+    def work(name: str, priority: int) -> None:
+        with slots.take(priority):
+            order.append(name)
+
+    with slots.take(0):
+        threads = [threading.Thread(target=work, args=job) for job in (("late", 2), ("first", 0), ("middle", 1))]
+        for thread in threads:
+            thread.start()
+        while len(slots.waiting) < 3:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "middle", "late"]
+
+
+def test_the_smallest_tables_name_no_machine():
+    assert experiment.without_machine('"/home/somebody/repo/outputs/study/main/x"') == '"outputs/study/main/x"'
+    assert experiment.without_machine("--outputs /root/repo/outputs/study/a --seed 1") == "--outputs outputs/study/a --seed 1"
