@@ -342,6 +342,23 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     assert said.format(shared, unsloth, transformers, fastest["pairs_per_second"], first_epoch) in readme
 
 
+def test_what_is_said_of_the_study_is_what_its_files_hold():
+    results = config.ROOT / "docs" / "results"
+    metrics, ablations = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "ablations"))
+    page, settings = (" ".join(read(name).split()) for name in ("docs/results/README.md", "docs/hyperparameters.md"))
+    arms = {arm: values["ranking_accuracy"]["value"] for arm, values in metrics["arms"].items()}
+    few = ablations["1024_pairs"]["arms"]["sft"]["ranking_accuracy"]["value"]
+    assert f"better by {arms['dpo'] - arms['sft']:.0f} points" in page
+    assert f"DPO by {arms['popularity'] - arms['dpo']:.0f} points" in page
+    assert f"({few:.1f} against {arms['sft']:.1f})" in page
+    leads = [ablations[study]["dpo - sft"]["value"] for study in ("128_pairs", "1024_pairs", "")]
+    assert "{:+.1f}, {:+.1f} and {:+.1f} points".format(*leads).replace("-", "−") in settings
+    search = json.loads((results / "search.json").read_text(encoding="utf-8"))
+    hottest = {trial["epochs"]: trial for trial in search["dpo"]["trials"] if trial["rate"] == "5e-4"}
+    lost = hottest[1]["ranking_accuracy"] - hottest[2]["ranking_accuracy"]
+    assert f"costs {lost:.0f} points of ranking accuracy" in settings and hottest[2]["response_accuracy"] > hottest[1]["response_accuracy"]
+
+
 def test_the_tables_of_the_study_are_those_of_its_files():
     results = config.ROOT / "docs" / "results"
     if not (results / "predictions.csv.gz").exists():
@@ -350,3 +367,5 @@ def test_the_tables_of_the_study_are_those_of_its_files():
     assert experiment.filled(page, results) == page
     metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
     assert experiment.published_metrics(results) == metrics, "predictions.csv.gz gives metrics.json"
+    said = " ".join(read("README.md").replace("\n> ", " ").split())
+    assert evaluate_dpo.sentence(metrics, experiment.MODEL) in said, "the finding on the first screen is that of the results"

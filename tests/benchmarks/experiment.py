@@ -425,10 +425,8 @@ def tables(results: Path) -> dict[str, str]:
     tried = [[arm, trial.get("after", "base").removeprefix("search/"), trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown)] for arm, trial in trials]
     usual = [[arm, *(f"{value:.1f}" for value in values.values())] for arm, values in found["usual protocol"].items()]
     ablated = []
-    for title, points in PANELS.items():
+    for title, points in panels_of(found).items():
         for label, study in points:
-            if study not in found:
-                continue
             arms, difference = found[study]["arms"], found[study]["dpo - sft"]
             cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
             ablated.append([title, label, *cells, evaluate_dpo.interval_text(difference) if difference else ""])
@@ -486,17 +484,29 @@ def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dic
     return {"arms": arms, "dpo - sft": measured["comparisons"].get("dpo - sft")}
 
 
+def panels_of(found: dict) -> dict[str, list[tuple[str, str]]]:
+    """The panels of which two values or more were run."""
+    panels = {title: [(label, study) for label, study in points if study in found] for title, points in PANELS.items()}
+    return {title: points for title, points in panels.items() if len(points) > 1}
+
+
 def draw_ablations(found: dict, path: Path) -> None:
-    """One panel an ablation: ranking accuracy (filled) and response accuracy (hollow) of SFT and DPO, 95% intervals."""
+    """One panel an ablation of two values or more: ranking accuracy (filled) and response accuracy (hollow) of SFT and DPO,
+    with 95% intervals over users."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
-        figure, axes = plt.subplots(3, 3, figsize=(9, 6.6), sharey=True, layout="constrained")
-        for axis, (title, points) in zip(axes.flat, PANELS.items(), strict=True):
-            points = [(label, study) for label, study in points if study in found]
+        panels = panels_of(found)
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        size = (3 * columns + (2 if columns == 1 else 0), 2.2 * rows + (0.6 if rows == 1 else 0))
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for unused in axes.flat[len(panels) :]:
+            unused.set_axis_off()
+        for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
             for shift, (stage, style) in enumerate((("sft", "s"), ("dpo", "o"))):
                 for measure, fill, color in (("ranking_accuracy", "full", "black"), ("response_accuracy", "none", "0.5")):
                     for place, (_, study) in enumerate(points):
@@ -524,7 +534,7 @@ def draw_ablations(found: dict, path: Path) -> None:
             )
         for axis in axes[:, 0]:
             axis.set_ylabel("accuracy, %")
-        figure.legend(*unique_handles(figure), loc="outside upper center", ncols=4)
+        figure.legend(*unique_handles(figure), loc="outside upper center", ncols=2 if columns == 1 else 4)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
