@@ -811,6 +811,9 @@ def draw_losses(history: list[dict[str, float]], stage: str) -> Any:
             if points:
                 axis.plot(*zip(*points, strict=True), style, color="black" if prefix else "tab:blue", label=who, markersize=4)
         axis.set(xlabel="step", ylabel=label)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):  # SFT's first steps would flatten all that follows
+        axes[0][0].set_yscale("log")
     axes[0][0].legend(frameon=False)
     return figure
 

@@ -217,3 +217,10 @@ def test_out_of_memory_at_micro_batch_1_says_what_to_lower(training_flags, monke
     monkeypatch.setattr(train_dpo, "build_trainer", no_memory)
     with pytest.raises(UserError, match="out of memory with a micro-batch of 1\nLower"):
         train_dpo.main([*training_flags, "--batch_size", "1"])
+
+
+def test_the_loss_of_sft_is_drawn_so_that_its_end_can_be_read():
+    history = [{"step": step, "loss": loss} for step, loss in enumerate((3.0, 1.0, 0.02, 0.015), 1)]
+    assert train_dpo.draw_losses(history, "sft").axes[0].get_yscale() == "log"
+    history = [{"step": step, "loss": loss, "rewards/margins": 0.1} for step, loss in enumerate((0.69, 0.6, 0.5), 1)]
+    assert [axis.get_yscale() for axis in train_dpo.draw_losses(history, "dpo").axes] == ["linear"] * 3
