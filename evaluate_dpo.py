@@ -1391,11 +1391,12 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
 
 def training_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """run.json of each training run by name, SFT first: of the adapters that were evaluated, or published beside the results."""
-    files = {path.name.removesuffix(".run.json"): path for path in (*folder.glob("*.run.json"), *folder.glob("runs/*.run.json"))}
-    if (folder / "run.json").is_file():
+    files = {path.name.removesuffix(".run.json"): path for path in (*folder.glob("*.run.json"), *folder.glob("runs/main_*.run.json"))}
+    if not files and (folder / "run.json").is_file():  # published results are not of the adapters that lie in outputs now
         adapters = json.loads((folder / "run.json").read_text(encoding="utf-8"))["adapters"]
         files |= {f"{arm} {seed}".strip(): Path(path) / "run.json" for arm, seeds in adapters.items() for seed, path in seeds.items()}
     runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in sorted(files.items()) if path.is_file()}
+    runs = {name: run for name, run in runs.items() if "stage" in run}  # an evaluation has none
     return dict(sorted(runs.items(), key=lambda run: run[1]["stage"] != "sft"))
 
 

@@ -384,7 +384,7 @@ def test_what_an_adapter_says_of_itself_cannot_steer_terminal_or_report(adapter)
     (adapter / "run.json").write_text(json.dumps({"settings": {"base_model": hostile}, "data": {"test_digest": ""}}))
     assert "\x1b" not in problem_of(adapter)
     metrics = json.loads((config.ROOT / "docs" / "results" / "small" / "metrics.json").read_text())
-    assert "<script>" not in evaluate_dpo.report(metrics, mismatches=[problem_of(adapter)])
+    assert "<script>" not in evaluate_dpo.report(metrics, notes=[f"mismatch: {problem_of(adapter)}"])
 
 
 def test_an_error_message_cannot_steer_the_terminal(capsys):
