@@ -222,16 +222,18 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, tmp_path, mon
     published = tmp_path / "results"
     (published / "runs").mkdir(parents=True)
     (published / "metrics.json").write_bytes((evaluation / "metrics.json").read_bytes())
-    (published / "runs" / "seed1.run.json").write_text(json.dumps(runs["dpo 3407"]))
+    for name in ("main_seed1", "search_seed1"):  # of a study, the main comparison's runs are shown
+        (published / "runs" / f"{name}.run.json").write_text(json.dumps(runs["dpo 3407"]))
+    (published / "runs" / "main_eval.run.json").write_text(json.dumps({"seconds": {}}))
     metrics, rows = evaluate_dpo.read_results(published)
     assert rows is None and set(evaluate_dpo.draw_all(rows, metrics)) == {"accuracy", "popularity", "position_bias"}
     evaluate_dpo.read_predictions(evaluation / "predictions.csv").to_csv(published / "predictions.csv.gz", index=False)
     assert len(evaluate_dpo.read_results(published)[1]) == 7 * 12 * 2
     runs = evaluate_dpo.training_runs(published)
-    assert list(runs) == ["seed1"] and evaluate_dpo.settings_of(published, runs, "o").base_model == evaluated.base_model
+    assert list(runs) == ["main_seed1"] and evaluate_dpo.settings_of(published, runs, "o").base_model == evaluated.base_model
     monkeypatch.chdir(tmp_path)
     write_pairs("data/elsewhere.jsonl", make_pairs(2))
-    runs["seed1"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
+    runs["main_seed1"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
     assert evaluate_dpo.settings_of(published, runs, "o").pairs == "data/elsewhere.jsonl"
 
 
