@@ -347,6 +347,8 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     metrics, ablations = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "ablations"))
     page, settings = (" ".join(read(name).split()) for name in ("docs/results/README.md", "docs/hyperparameters.md"))
     arms = {arm: values["ranking_accuracy"]["value"] for arm, values in metrics["arms"].items()}
+    off = [metrics["arms"][arm]["calibration_error"]["value"] for arm in ("sft", "dpo")]
+    assert f"off by {off[0]:.2f} in the mean (expected calibration error) and DPO's by {off[1]:.2f}" in page
     few = ablations["1024_pairs"]["arms"]["sft"]["ranking_accuracy"]["value"]
     assert f"better by {arms['dpo'] - arms['sft']:.0f} points" in page
     assert f"DPO by {arms['popularity'] - arms['dpo']:.0f} points" in page
