@@ -8,7 +8,8 @@
     python tests/benchmarks/experiment.py report                               # measures and figures from docs/results
 
 The search sees the training users alone: their pairs are a file of their own, split again by the same hash. Every
-run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again.
+run is a call of train_dpo.py or evaluate_dpo.py, written into WORK/commands.sh; what is finished is not run again, and
+trials of a search.json that lies in WORK, such as docs/results/search.json, count as finished.
 Several runs share a GPU (--slots), since a small model leaves most of it idle; NVIDIA's MPS daemon, where it runs, lets
 them compute at the same time and not in turns.
 """
