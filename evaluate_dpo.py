@@ -103,11 +103,21 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
 
 
 def model_of(run: dict[str, Any] | Path) -> str:
-    """The base model and its precision as a run.json of evaluation has them, in words; "" where there is none."""
+    """The base model and its precision as a run.json of evaluation has them, in words; "" where it does not say."""
     if isinstance(run, Path):
-        run = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-    settings = run.get("settings", {})
-    return f"{settings['base_model']} in {settings['bits']} bits" if "base_model" in settings else ""
+        run = read_run(run)
+    settings = run.get("settings")
+    known = isinstance(settings, dict) and {"base_model", "bits"} <= settings.keys()
+    return plain(f"{Path(str(settings['base_model'])).name} in {settings['bits']} bits") if known else ""
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """A run.json, which may be somebody else's; empty where there is none that can be read."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 def forget(folder: Path, *names: str) -> None:
@@ -346,14 +356,10 @@ def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list
 
 def rows_seen(folder: Path) -> int:
     """Pairs seen by an adapter in all its training, with those of the SFT adapter that it began with; 0 if unknown."""
-    seen = 0
-    while (folder / "run.json").is_file():
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        seen += run.get("rows_seen") or 0
-        if not run.get("initial_adapter"):
-            return seen
-        folder = Path(run["initial_adapter"])
-    return 0
+    run = read_run(folder / "run.json")
+    runs = [run, read_run(Path(str(run["initial_adapter"])) / "run.json")] if run.get("initial_adapter") else [run]
+    seen = [run.get("rows_seen") for run in runs]
+    return sum(seen) if all(isinstance(rows, int) for rows in seen) else 0
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> Any:
@@ -1003,7 +1009,7 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
     against = measures["accuracy_against_popularity"]
     if not letter and against["value"] is not None and against["low"] <= 50:
         interval = f"{against['value']:.1f}% [{against['low']:.1f}, {against['high']:.1f}]"
-        found.append(f"{arm} is no better than chance where the less popular film is the right one: {interval}")
+        found.append(f"{arm} is not shown to be better than chance where the less popular film is the right one: {interval}")
     gap = measures["personalisation_gap"]
     if gap["value"] is not None and gap["low"] <= 0:
         found.append(f"{arm} may not use the history: with a stranger's it loses {gap['value']:.1f} points, interval includes 0")

@@ -262,7 +262,17 @@ def test_chance_against_popularity_is_told():
     rows = predictions_of(sft=follows, dpo=np.ones((60, 2)))
     rows["preferred_more_popular"] = [str(bool(margin > 0)).lower() for margin in np.tile(rows[rows["arm"] == "sft"]["decision_margin"], 2)]
     told = [text for text in evaluate_dpo.compute_metrics(rows, 100, 0)["caveats"] if "less popular film is the right one" in text]
-    assert len(told) == 1 and told[0].startswith("sft is no better than chance")
+    assert len(told) == 1 and told[0].startswith("sft is not shown to be better than chance")
+
+
+def test_the_model_named_beside_predictions_cannot_steer_the_terminal(tmp_path):
+    path = tmp_path / "run.json"
+    assert evaluate_dpo.model_of(path) == ""
+    for text in ("no JSON", "[]", '{"settings": []}', '{"settings": {"base_model": "x"}}'):
+        path.write_text(text)
+        assert evaluate_dpo.model_of(path) == ""
+    path.write_text(json.dumps({"settings": {"base_model": "somebody/model\x1b[2J<b>", "bits": 4}}))
+    assert evaluate_dpo.model_of(path) == "model__2J_b_ in 4 bits"
 
 
 def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
@@ -276,6 +286,8 @@ def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
     del adapters["sft_long"]
     [note] = evaluate_dpo.notes_on(pairs, adapters)
     assert "dpo has seen 150 pairs" in note and "sft 100" in note
+    (tmp_path / "sft" / "run.json").write_text("no JSON")
+    assert evaluate_dpo.notes_on(pairs, adapters) == [], "what is not known is not compared"
     assert "10 of 40 test pairs share their history" in evaluate_dpo.notes_on([*pairs, *pairs[:10]], {})[0]
 
 
