@@ -98,6 +98,41 @@ def test_trials_that_are_there_are_not_repeated_unless_their_start_has_changed(s
         assert trained or json.loads((tmp_path / "work" / "search.json").read_text())["sft"]["run"] == start
 
 
+def test_the_whole_study_starts_each_run_once_and_after_what_it_needs(study, tmp_path, monkeypatch):
+    """With scripts that only leave files: every DPO finds its SFT adapter, every evaluation its arms, and none is missing."""
+    started, lacking = [], []
+
+    def command(self, script, flags, log, slots, priority=0):
+        with slots.take(priority):
+            told, folder = flags_of(f"python {script} {flags}"), tmp_path / "work" / log
+            started.append(log)
+            time.sleep(0.2 if log.startswith("main/sft_") else 0.002)  # so that what waits for it would come too early
+            if script == "train_dpo.py":
+                needs = [told["--sft_adapter"]] if "--sft_adapter" in told else []
+                (folder / "x_final").mkdir(parents=True)
+            else:
+                needs = [word.partition("=")[2] for word in shlex.split(flags.partition("--adapters ")[2])]
+                arms = [word.partition("=")[0] for word in shlex.split(flags.partition("--adapters ")[2])]
+                measures = dict.fromkeys(("ranking_accuracy", "order_free_accuracy", "response_accuracy"), {"value": 50.0})
+                (folder / "evaluation").mkdir(parents=True)
+                (folder / "evaluation" / "metrics.json").write_text(json.dumps({"arms": dict.fromkeys(arms, measures)}))
+            lacking.extend((log, need) for need in needs if not Path(need).is_dir())
+            return True
+
+    monkeypatch.setattr(experiment.Study, "command", command)
+    pairs = str(tmp_path / "pairs.jsonl")
+    words = ["all", "--pairs", pairs, "--work", str(tmp_path / "work"), "--small_pairs", pairs, pairs, "--seeds", "2", "--slots", "3"]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words])
+    experiment.main()
+    assert not lacking
+    assert len(started) == len(set(started))
+    for part in ("search", "main", "ablations"):
+        assert any(name.startswith(f"{part}/eval_") for name in started)
+    assert {f"main/{arm}_{seed}" for arm in experiment.ARMS for seed in experiment.SEEDS[:2]} <= set(started)
+    shown = {study for points in experiment.PANELS.values() for _, study in points if study}
+    assert {f"ablations/eval_{name}" for name in shown} <= set(started)
+
+
 def test_what_waits_for_a_slot_goes_by_priority():
     slots, order = experiment.Slots(["0"]), []
 

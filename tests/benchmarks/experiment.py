@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,8 @@ class Study:
         self.work = Path(options.work).absolute()
         self.work.mkdir(parents=True, exist_ok=True)
         self.failed: list[str] = []
+        self.chosen = {arm: Future() for arm in GRID}  # what the search finds
+        self.coming: dict[str, threading.Event] = {}  # runs of this call, set when they have ended
         self.training, self.scoring = (
             Slots([options.gpus[slot % len(options.gpus)] for slot in range(count)]) for count in (options.slots, options.evaluations)
         )
@@ -127,6 +129,8 @@ class Study:
 
     def train(self, runs: list[Run]) -> None:
         def one(run: Run) -> None:
+            if run.after in self.coming:
+                self.coming[run.after].wait()
             if run.after and not self.adapter(run.after).is_dir() and not self.options.dry_run:
                 self.failed.append(f"{run.name}, which needs {run.after}")
                 return
@@ -175,11 +179,11 @@ class Study:
         """
         pairs = str(self.work / "search.jsonl")
         write_pairs(pairs, split_pairs(load_pairs(self.options.pairs), 0.2)[0])
-        before = self.chosen() if (self.work / "search.json").exists() else {}
-        chosen: dict[str, dict] = {}
+        path = self.work / "search.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
 
         def choose(arm: str) -> None:
-            stage, after = arm.partition("_")[0], chosen["sft"]["run"] if arm == "dpo" else None
+            stage, after = arm.partition("_")[0], self.chosen["sft"].result()["run"] if arm == "dpo" else None
             earlier = before.get(arm, {"trials": []})
             known = [trial for trial in earlier["trials"] if trial.get("after") == after]
             there = {(trial["rate"], trial["epochs"]) for trial in known}
@@ -192,27 +196,34 @@ class Study:
                 run.priority = arm == "dpo_base"  # the others wait for SFT
             if runs and after in {trial["run"] for trial in before.get("sft", {"trials": []})["trials"]}:
                 if not self.adapter(after).is_dir():  # found by an earlier search, whose adapters are gone
-                    schedule = self.schedule("sft", chosen["sft"]["rate"], chosen["sft"]["epochs"])
+                    schedule = self.schedule_of("sft")
                     self.train([Run(after, "sft", f"{schedule} --validation_pairs 0", None, pairs)])
             self.train(runs)
             if runs:
                 self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
             superseded = [trial for trial in earlier["trials"] + earlier.get("superseded", []) if trial not in known]
-            chosen[arm] = self.best(arm, known, after) | ({"superseded": superseded} if superseded else {})
-            print(arm, chosen[arm], flush=True)
+            self.chosen[arm].set_result(self.best(arm, known, after) | ({"superseded": superseded} if superseded else {}))
+            print(arm, self.chosen[arm].result(), flush=True)
 
-        def one_after_the_other(arms: tuple[str, ...]) -> None:
-            for arm in arms:
-                choose(arm)
-
-        self.side_by_side(one_after_the_other, [("sft", "dpo"), ("sft_long",), ("dpo_base",)])
+        try:
+            self.side_by_side(choose, list(GRID))
+        finally:
+            for choice in self.chosen.values():
+                choice.cancel()  # if it was not made, what waits for it ends too
         name = "dry_run.json" if self.options.dry_run else "search.json"
-        config.write_json(self.work / name, {arm: chosen[arm] for arm in GRID})
+        config.write_json(self.work / name, {arm: self.chosen[arm].result() for arm in GRID})
 
-    def chosen(self) -> dict:
-        """What the search found."""
+    def take_search(self) -> None:
+        """What an earlier search found."""
         dry = self.work / "dry_run.json"
-        return json.loads((dry if self.options.dry_run and dry.exists() else self.work / "search.json").read_text())
+        path = dry if self.options.dry_run and dry.exists() else self.work / "search.json"
+        for arm, found in json.loads(path.read_text()).items():
+            self.chosen[arm].set_result(found)
+
+    def schedule_of(self, arm: str) -> str:
+        """Learning rate and epochs of an arm, once the search has chosen them."""
+        found = self.chosen[arm].result()
+        return self.schedule(arm.partition("_")[0], found["rate"], found["epochs"])
 
     def schedule(self, stage: str, rate: str, epochs: float) -> str:
         prefix = "sft_" if stage == "sft" else ""
@@ -239,48 +250,54 @@ class Study:
     # ------------------------------------------------------------------------------------------ main comparison
 
     def main(self) -> None:
+        self.take_search()
         self.compare()
-        self.more()
+
+    def all(self) -> None:
+        """The search, and whatever can start as soon as it has chosen."""
+        seeds = SEEDS[: self.options.seeds]
+        self.coming |= {f"main/{arm}_{seed}": threading.Event() for arm in ARMS for seed in seeds}
+        self.side_by_side(lambda part: part(), [self.search, self.compare, self.change_one_thing])
 
     def compare(self) -> None:
-        """Each seed's arms, then their scores."""
-        chosen = self.chosen()
-        plan = {arm: self.schedule(arm.partition("_")[0], chosen[arm]["rate"], chosen[arm]["epochs"]) for arm in ARMS}
+        """Each seed's arms, then their scores; of the first seed also what costs most."""
 
         def one_seed(seed: int) -> None:
-            def run(arm: str) -> Run:
-                after = f"main/sft_{seed}" if arm == "dpo" else None
-                return Run(f"main/{arm}_{seed}", arm.partition("_")[0], f"{plan[arm]} --seed {seed}", after, None, SEEDS.index(seed))
+            def train(arm: str) -> None:
+                name, after = f"main/{arm}_{seed}", f"main/sft_{seed}" if arm == "dpo" else None
+                try:
+                    flags = f"{self.schedule_of(arm)} --seed {seed}"
+                    self.train([Run(name, arm.partition("_")[0], flags, after, None, 2 + SEEDS.index(seed))])
+                finally:
+                    self.coming[name].set()
 
-            def sft_then_dpo(arms: tuple[str, ...]) -> None:
-                for arm in arms:
-                    self.train([run(arm)])
-
-            self.side_by_side(sft_then_dpo, [("sft", "dpo"), ("sft_long",), ("dpo_base",)])
+            self.side_by_side(train, list(ARMS))
+            if self.evaluate(f"main/eval_{seed}", self.arms_of(seed), "--strangers true") and seed == SEEDS[0]:
+                self.more()
 
         seeds = SEEDS[: self.options.seeds]
-        self.side_by_side(one_seed, seeds)  # all of them before any is scored: scoring beside training is slow
-        self.side_by_side(lambda seed: self.evaluate(f"main/eval_{seed}", self.arms_of(seed), "--strangers true"), seeds)
+        for name in (f"main/{arm}_{seed}" for arm in ARMS for seed in seeds):
+            self.coming.setdefault(name, threading.Event())
+        self.side_by_side(one_seed, list(seeds))
 
     def arms_of(self, seed: int) -> dict[str, str]:
         return {arm: f"main/{arm}_{seed}" for arm in ARMS}
 
     def more(self) -> None:
-        """What costs most, for the first seed alone: generated answers, and the same adapters on 16-bit weights."""
+        """Generated answers, and the same adapters on 16-bit weights."""
         flags = "--strangers false --second_bits 16 --generate_users 100"
         self.evaluate(f"main/eval_{SEEDS[0]}_more", self.arms_of(SEEDS[0]), flags)
-
-    def all(self) -> None:
-        self.search()
-        self.compare()
-        self.side_by_side(lambda part: part(), [self.more, self.ablations])
 
     # ---------------------------------------------------------------------------------------------- ablations
 
     def ablations(self) -> None:
-        """Each changes one thing of the main comparison's first seed; SFT and DPO both where it concerns both."""
-        chosen = self.chosen()
-        sft, dpo = (self.schedule(stage, chosen[stage]["rate"], chosen[stage]["epochs"]) for stage in ("sft", "dpo"))
+        self.take_search()
+        self.change_one_thing()
+
+    def change_one_thing(self) -> None:
+        """Each ablation changes one thing of the main comparison's first seed; SFT and DPO both where it concerns both."""
+        chosen = {stage: self.chosen[stage].result() for stage in ("sft", "dpo")}
+        sft, dpo = (self.schedule_of(stage) for stage in ("sft", "dpo"))
         main_sft = f"main/sft_{SEEDS[0]}"
 
         def both(name: str, flags: str, pairs: str | None = None) -> tuple[str, list[Run], str | None]:
@@ -304,14 +321,15 @@ class Study:
             return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
 
         jobs = [
-            *(both(f"{bits}bit", f"--bits {bits}") for bits in (8, 16)),  # 8 bits train slowest
+            both("8bit", "--bits 8"),
             both("original_order", "--option_order original"),
-            both("both_orders", f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}"),
-            *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
             *(both(f"{count}_pairs", f"--max_pairs {count} {as_long(count)}") for count in (128, 1024)),
-            *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
-            *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
+            both("16bit", "--bits 16"),
+            *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
             *(at_rate(stage, times) for stage in ("dpo", "sft") for times in (0.32, 3.2)),
+            *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
+            *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
+            both("both_orders", f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}"),
             *(
                 both(f"negatives_{kind}", f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}", pairs)
                 for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)
@@ -321,7 +339,7 @@ class Study:
         def one(job: tuple[str, list[Run], str | None]) -> None:
             name, runs, pairs = job
             for run in runs:
-                run.priority = len(SEEDS)
+                run.priority = 2 if name == "8bit" else 2 + len(SEEDS)  # what trains slowest goes early
                 self.train([run])
             bits = name.removesuffix("bit") if name.endswith("bit") else "4"
             arms = {f"{run.stage}_{name}": run.name for run in runs}
