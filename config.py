@@ -681,7 +681,7 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, init
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=sorted(lora.target_modules),
+        target_modules=sorted(LORA_TARGETS if initial_adapter is None else adapted_layers(initial_adapter)),
         bias=lora.bias,
         use_gradient_checkpointing=UNSLOTH_CHECKPOINTING if settings.gradient_checkpointing else False,
         random_state=settings.seed,
@@ -693,6 +693,17 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, init
         if unexpected:
             raise UserError(f"{initial_adapter} holds weights that the model lacks: {unexpected[0]}", "Give another --sft_adapter.")
     return model
+
+
+def adapted_layers(adapter: Path) -> set[str]:
+    """Names of the layers that a LoRA adapter changes, such as q_proj, from its weights.
+
+    Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 or 16 bits.
+    """
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
+        return {name.split(".lora_")[0].rpartition(".")[2] for name in weights.keys() if ".lora_" in name}  # noqa: SIM118
 
 
 def lora_config(settings: TrainingSettings) -> Any:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +34,30 @@ def test_the_first_dpo_loss_is_ln_2(training_flags, init):
     assert all(entry["grad_norm"] > 0 for entry in run["log_history"] if "grad_norm" in entry), "after evaluations, too"
     assert any("eval_loss" in entry for entry in run["log_history"])
     assert run["initial_adapter"] == (str(folder_of(training_flags, "sft")) if init == "sft" else None)
+
+
+def test_dpo_goes_on_from_an_adapter_whose_layers_are_given_as_a_pattern(tiny_model, tmp_path, monkeypatch):
+    """As Unsloth saves them of a base in 8 or 16 bits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    layers = ["down_proj", "v_proj"]
+    lora = LoraConfig(r=2, target_modules=r".*\.(?:v_proj|down_proj)", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(tmp_path / "sft")
+    asked = {}
+
+    class FastLanguageModel:
+        def get_peft_model(self, target_modules, **given):
+            asked["layers"] = target_modules
+            return get_peft_model(self, LoraConfig(r=given["r"], target_modules=target_modules, task_type="CAUSAL_LM"))
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trained = config.add_unsloth_adapter(model, TrainingSettings(gradient_checkpointing=False), tmp_path / "sft")
+    assert asked["layers"] == layers
+    saved = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    now = {name.replace(".default", ""): weight for name, weight in trained.state_dict().items() if "lora_" in name}
+    assert saved.keys() == now.keys() and all(torch.equal(now[name], saved[name]) for name in saved)
 
 
 def test_a_finished_run_leaves_whole_adapters_and_their_story(training_flags, pairs_file, capsys):
