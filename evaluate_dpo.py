@@ -830,13 +830,20 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
     for comparison, p in zip(comparisons.values(), holm([found["p"] for found in comparisons.values()]), strict=True):
         comparison["p_holm"] = p
     metrics["comparisons"] = comparisons
+    for arm in ("sft", *longer_sft(metrics)):
+        if found := comparisons.get(f"dpo - {arm}"):
+            one_letter = all(letter_always_answered(metrics["arms"][name]) for name in (arm, "dpo"))
+            found["verdict"] = verdict(found["value"], found["low"], found["high"], one_letter)
     if "dpo - sft" in comparisons:
-        found = comparisons["dpo - sft"]
-        one_letter = all(letter_always_answered(metrics["arms"][arm]) for arm in ("sft", "dpo"))
-        metrics["verdict"] = verdict(found["value"], found["low"], found["high"], one_letter)
+        metrics["verdict"] = comparisons["dpo - sft"]["verdict"]
         metrics["caveats"] = caveats(metrics)
         metrics["sentence"] = sentence(metrics)
     return metrics
+
+
+def longer_sft(metrics: dict[str, Any]) -> list[str]:
+    """The arms of SFT that are there beside `sft`, in the same precision: controls for what DPO's further training does."""
+    return [arm for arm in metrics["arms"] if arm.startswith("sft_") and "@" not in arm]
 
 
 def paired_samples(one: np.ndarray, other: np.ndarray, seed: int) -> np.ndarray:
@@ -938,7 +945,9 @@ def summary(metrics: dict[str, Any], model: str = "") -> str:
             )
     lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
     lines.append(f"to quote: {sentence(metrics, model)}")
-    return "\n".join([*lines, f"verdict: {metrics['verdict']}"])
+    controls = {arm: metrics["comparisons"].get(f"dpo - {arm}", {}).get("verdict") for arm in longer_sft(metrics)}
+    also = "".join(f"; against {arm}: {control}" for arm, control in controls.items() if control)
+    return "\n".join([*lines, f"verdict: {metrics['verdict']}{also}"])
 
 
 def interval_text(difference: dict[str, float]) -> str:
@@ -964,13 +973,21 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
     trained = "one training run each" if max(runs) == 1 else f"{runs[0]} and {runs[1]} training runs"
     tested = "on order-free decisions" + (" of all runs together" if max(runs) > 1 else "")
     accuracies = " and ".join(f"{arms[arm]['ranking_accuracy']['value']:.1f}%" for arm in ("dpo", "sft"))
+    controls = ""
+    for arm in longer_sft(metrics):
+        more = metrics["comparisons"][f"dpo - {arm}"]
+        controls += (
+            f" Against the SFT control {arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) the difference is "
+            f"{more['value']:+.1f} points ({more['low']:+.1f} to {more['high']:+.1f}): {more['verdict']}."
+        )
+    says = says.replace("over SFT", "over this SFT") if controls else says
     popularity = arms.get("popularity")
     baseline = f" Recommending the more popular film scores {popularity['ranking_accuracy']['value']:.1f}%." if popularity else ""
     return (
         f"On {metrics['users']:,} held-out users, each shown both orders of the options, DPO and SFT "
         f"{f'of {model} ' if model else ''}reached a ranking accuracy "
         f"of {accuracies} ({trained}), a difference of {found['value']:+.1f} percentage points "
-        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} {tested}), {says}.{baseline}"
+        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} {tested}), {says}.{controls}{baseline}"
     )
 
 
@@ -991,9 +1008,11 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
             f"with both orders taken together the difference is {interval_text(order_free)} points, which may be 0: what differs may be "
             "how much they lean to one letter and not which film they prefer"
         )
-    for arm in models:
-        if arm.startswith("sft_") and comparisons[f"dpo - {arm}"]["low"] <= 0 < difference["low"]:
-            also = comparisons[f"dpo - {arm}"]
+    for arm in longer_sft(metrics):
+        also = comparisons[f"dpo - {arm}"]
+        if also["high"] < 0 < difference["low"]:
+            found.append(f"dpo is better than sft and worse than {arm} ({interval_text(also)} points): what it gains, more SFT gains too")
+        elif also["low"] <= 0 < difference["low"]:
             found.append(f"dpo is better than sft but not clearly than {arm} ({interval_text(also)} points): more SFT may do as well")
     if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
         found.append("one training run an arm: what another seed would give is not in the interval")

@@ -238,7 +238,12 @@ def test_dpo_is_compared_with_longer_sft_too():
     sft, longer, dpo = (np.repeat(np.where(level < share, 1.0, -1.0), 2, axis=1) for share in (0.6, 0.7, 0.7))
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=longer, dpo=dpo), 300, 0)
     assert metrics["verdict"] == "SUPPORTED" and metrics["comparisons"]["dpo - sft_long"]["value"] == 0
-    assert any("than sft_long" in caveat for caveat in metrics["caveats"])
+    assert any("not clearly than sft_long" in caveat for caveat in metrics["caveats"])
+    best = np.repeat(np.where(level < 0.8, 1.0, -1.0), 2, axis=1)
+    metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=best, dpo=dpo), 300, 0)
+    assert any("worse than sft_long" in caveat for caveat in metrics["caveats"])
+    assert evaluate_dpo.summary(metrics).endswith("verdict: SUPPORTED; against sft_long: NOT SUPPORTED")
+    assert "over this SFT. Against the SFT control sft_long (8" in metrics["sentence"], "a gain that more SFT beats is not quoted alone"
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=sft, dpo=dpo), 300, 0)
     assert not any("than sft_long" in caveat for caveat in metrics["caveats"])
 
