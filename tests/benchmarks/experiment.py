@@ -51,6 +51,7 @@ GRID = {  # arm: (learning rate, epochs) of each trial; four epochs a stage at m
 STEPS_AN_EPOCH = 75  # 4,768 training pairs in batches of 64
 MODEL = f"{config.SMALL_MODEL} in 4 bits"
 ARMS = ("sft", "sft_long", "dpo_base", "dpo")
+NO_ANSWERS = "--generate_users 0"
 
 
 @dataclass
@@ -154,17 +155,30 @@ class Study:
 
         self.side_by_side(one, runs)
 
+    def train_in_turn(self, runs: list[Run]) -> None:
+        """One after the other; what waits for one of them goes on when it has ended, well or not."""
+        for run in runs:
+            try:
+                self.train([run])
+            finally:
+                self.coming[run.name].set()
+
+    def announce(self, names) -> None:
+        for name in names:
+            self.coming.setdefault(name, threading.Event())
+
     def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None) -> bool:
-        """Score arms, {arm: run}, into WORK/name/evaluation; those whose training failed are left out."""
+        """Score arms, {arm: run}, into WORK/name/evaluation, once they are there; those whose training failed are left out."""
+        for run in arms.values():
+            if run in self.coming:
+                self.coming[run].wait()
         before = self.work / name / "evaluation" / "run.json"
         if before.exists() and json.loads(before.read_text())["adapters"].keys() == arms.keys():
             return True
         there = {arm: self.adapter(run) for arm, run in arms.items() if self.adapter(run).is_dir() or self.options.dry_run}
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
-        return self.command(
-            "evaluate_dpo.py", f"{self.options.model} {where} --generate_users 0 {flags} --adapters {adapters}", name, self.scoring
-        )
+        return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring)
 
     def side_by_side(self, function, jobs) -> None:
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
@@ -200,7 +214,7 @@ class Study:
                     self.train([Run(after, "sft", f"{schedule} --validation_pairs 0", None, pairs)])
             self.train(runs)
             if runs:
-                self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, "--strangers false", pairs)
+                self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, f"--strangers false {NO_ANSWERS}", pairs)
             superseded = [trial for trial in earlier["trials"] + earlier.get("superseded", []) if trial not in known]
             self.chosen[arm].set_result(self.best(arm, known, after) | ({"superseded": superseded} if superseded else {}))
             print(arm, self.chosen[arm].result(), flush=True)
@@ -255,38 +269,27 @@ class Study:
 
     def all(self) -> None:
         """The search, and whatever can start as soon as it has chosen."""
-        seeds = SEEDS[: self.options.seeds]
-        self.coming |= {f"main/{arm}_{seed}": threading.Event() for arm in ARMS for seed in seeds}
         self.side_by_side(lambda part: part(), [self.search, self.compare, self.change_one_thing])
 
     def compare(self) -> None:
-        """Each seed's arms, then their scores; of the first seed also what costs most."""
-
-        def one_seed(seed: int) -> None:
-            def train(arm: str) -> None:
-                name, after = f"main/{arm}_{seed}", f"main/sft_{seed}" if arm == "dpo" else None
-                try:
-                    flags = f"{self.schedule_of(arm)} --seed {seed}"
-                    self.train([Run(name, arm.partition("_")[0], flags, after, None, 2 + SEEDS.index(seed))])
-                finally:
-                    self.coming[name].set()
-
-            self.side_by_side(train, list(ARMS))
-            if self.evaluate(f"main/eval_{seed}", self.arms_of(seed), "--strangers true") and seed == SEEDS[0]:
-                self.more()
-
+        """Each seed's arms, then their scores, with strangers' histories too."""
         seeds = SEEDS[: self.options.seeds]
-        for name in (f"main/{arm}_{seed}" for arm in ARMS for seed in seeds):
-            self.coming.setdefault(name, threading.Event())
-        self.side_by_side(one_seed, list(seeds))
+        self.announce(f"main/{arm}_{seed}" for arm in ARMS for seed in seeds)
 
-    def arms_of(self, seed: int) -> dict[str, str]:
-        return {arm: f"main/{arm}_{seed}" for arm in ARMS}
+        def train(job: tuple[int, str]) -> None:
+            seed, arm = job
+            after = f"main/sft_{seed}" if arm == "dpo" else None
+            try:
+                flags = f"{self.schedule_of(arm)} --seed {seed}"
+                self.train([Run(f"main/{arm}_{seed}", arm.partition("_")[0], flags, after, None, 2 + SEEDS.index(seed))])
+            finally:
+                self.coming[f"main/{arm}_{seed}"].set()
 
-    def more(self) -> None:
-        """Generated answers, and the same adapters on 16-bit weights."""
-        flags = "--strangers false --second_bits 16 --generate_users 100"
-        self.evaluate(f"main/eval_{SEEDS[0]}_more", self.arms_of(SEEDS[0]), flags)
+        def score(seed: int) -> None:
+            self.evaluate(f"main/eval_{seed}", {arm: f"main/{arm}_{seed}" for arm in ARMS}, f"--strangers true {NO_ANSWERS}")
+
+        jobs = [(train, (seed, arm)) for seed in seeds for arm in ARMS] + [(score, seed) for seed in seeds]
+        self.side_by_side(lambda job: job[0](job[1]), jobs)
 
     # ---------------------------------------------------------------------------------------------- ablations
 
@@ -295,77 +298,104 @@ class Study:
         self.change_one_thing()
 
     def change_one_thing(self) -> None:
-        """Each ablation changes one thing of the main comparison's first seed; SFT and DPO both where it concerns both."""
-        chosen = {stage: self.chosen[stage].result() for stage in ("sft", "dpo")}
+        """Ablations: each changes one thing of the first seed, SFT and DPO both where it concerns both.
+
+        The first seed is trained again here (`same`), so that the ablations need no run of the main comparison and all of
+        them stand on one machine; its adapters also generate answers and are read on 16-bit weights, which costs most.
+        """
+        chosen = {arm: self.chosen[arm].result() for arm in ("sft", "sft_long", "dpo")}
         sft, dpo = (self.schedule_of(stage) for stage in ("sft", "dpo"))
-        main_sft = f"main/sft_{SEEDS[0]}"
+        steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
 
-        def both(name: str, flags: str, pairs: str | None = None) -> tuple[str, list[Run], str | None]:
-            return name, [Run(f"ablations/sft_{name}", "sft", f"{sft} {flags}", None, pairs),
-                          Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}", f"ablations/sft_{name}", pairs)], pairs  # fmt: skip
+        def both(name: str, flags: str = "", pairs: str | None = None, schedule: str = sft) -> list[Run]:
+            return [
+                Run(f"ablations/sft_{name}", "sft", f"{schedule} {flags}".strip(), None, pairs),
+                Run(f"ablations/dpo_{name}", "dpo", f"{dpo} {flags}".strip(), f"ablations/sft_{name}", pairs),
+            ]
 
-        def dpo_only(name: str, flags: str, schedule: str = dpo) -> tuple[str, list[Run], None]:
-            return name, [Run(f"ablations/dpo_{name}", "dpo", f"{schedule} {flags}".strip(), main_sft)], None
+        def dpo_only(name: str, flags: str, schedule: str = dpo) -> list[Run]:
+            return [Run(f"ablations/dpo_{name}", "dpo", f"{schedule} {flags}".strip(), "ablations/sft_same")]
 
-        def at_rate(stage: str, times: float) -> tuple[str, list[Run], None]:
+        def at_rate(stage: str, times: float) -> list[Run]:
             schedule = self.schedule(stage, f"{float(chosen[stage]['rate']) * times:.2g}", chosen[stage]["epochs"])
             if stage == "dpo":
                 return dpo_only(f"rate_x{times}", "", schedule)
-            return f"rate_x{times}_sft", [Run(f"ablations/sft_rate_x{times}_sft", "sft", schedule)], None
+            return [Run(f"ablations/sft_rate_x{times}_sft", "sft", schedule)]
 
-        steps = {stage: STEPS_AN_EPOCH * chosen[stage]["epochs"] for stage in ("sft", "dpo")}
+        def after_sft(times: int) -> list[Run]:
+            """DPO from an SFT of more epochs, at the learning rate that the search found for longer SFT."""
+            return both(f"sft_x{times}", schedule=self.schedule("sft", chosen["sft_long"]["rate"], times * chosen["sft"]["epochs"]))
 
         def as_long(count: float) -> str:
             """As many steps as with all pairs, but each pair at most 20 times."""
             epochs = {stage: min(20, steps[stage] * 64 / count) for stage in ("sft", "dpo")}
             return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
 
-        jobs = [
-            both("8bit", "--bits 8"),
-            both("original_order", "--option_order original"),
-            *(both(f"{count}_pairs", f"--max_pairs {count} {as_long(count)}") for count in (128, 1024)),
-            both("16bit", "--bits 16"),
-            *(dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")),
-            *(at_rate(stage, times) for stage in ("dpo", "sft") for times in (0.32, 3.2)),
-            *(both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)),
-            *(dpo_only(f"{loss}", f"--loss_type {loss}") for loss in ("ipo", "apo_zero")),
-            both("both_orders", f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}"),
-            *(
-                both(f"negatives_{kind}", f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}", pairs)
-                for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False)
+        studies = {
+            "8bit": both("8bit", "--bits 8"),
+            "same": both("same"),
+            "sft_x3": after_sft(3),
+            "sft_x2": after_sft(2),
+            "original_order": both("original_order", "--option_order original"),
+            **{f"{count}_pairs": both(f"{count}_pairs", f"--max_pairs {count} {as_long(count)}") for count in (128, 1024)},
+            "16bit": both("16bit", "--bits 16"),
+            **{f"beta_{beta}": dpo_only(f"beta_{beta}", f"--beta {beta}") for beta in ("0.05", "0.2", "0.5")},
+            **{f"rate_x{times}": at_rate("dpo", times) for times in (0.32, 3.2)},
+            **{f"rate_x{times}_sft": at_rate("sft", times) for times in (0.32, 3.2)},
+            **{f"rank_{rank}": both(f"rank_{rank}", f"--lora_rank {rank} --lora_alpha {rank}") for rank in (8, 64)},
+            **{loss: dpo_only(loss, f"--loss_type {loss}") for loss in ("ipo", "apo_zero")},
+            "both_orders": both(
+                "both_orders",
+                f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}",
             ),
-        ]
+        }
+        of_small_pairs = {}
+        for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False):
+            flags = f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}"
+            of_small_pairs[f"negatives_{kind}"] = both(f"negatives_{kind}", flags, pairs)
+        for place, (name, runs) in enumerate({**studies, **of_small_pairs}.items()):
+            self.announce(run.name for run in runs)
+            for run in runs:  # a study's DPO before the next one's SFT, and what takes longest early
+                run.priority = 2 if name in ("8bit", "same") else 2 + len(SEEDS) + place
 
-        def one(job: tuple[str, list[Run], str | None]) -> None:
-            name, runs, pairs = job
-            for run in runs:
-                run.priority = 2 if name == "8bit" else 2 + len(SEEDS)  # what trains slowest goes early
-                self.train([run])
-            bits = name.removesuffix("bit") if name.endswith("bit") else "4"
-            arms = {f"{run.stage}_{name}": run.name for run in runs}
-            self.evaluate(f"ablations/eval_{name}", arms, f"--strangers {'true' if pairs else 'false'} --bits {bits}", pairs)
+        def arms_of(*names: str) -> dict[str, str]:
+            return {run.name.removeprefix("ablations/"): run.name for name in names for run in {**studies, **of_small_pairs}[name]}
 
-        self.side_by_side(one, jobs)
+        without = f"--strangers false {NO_ANSWERS}"
+        again = {"sft": "ablations/sft_same", "dpo": "ablations/dpo_same", "sft_long": "ablations/sft_sft_x2"}
+        scores = [("same", again, "--strangers false --second_bits 16 --generate_users 100", None)]
+        scores += [(f"{bits}bit", arms_of(f"{bits}bit"), f"{without} --bits {bits}", None) for bits in (8, 16)]
+        scores += [(name, arms_of(name), f"--strangers true {NO_ANSWERS}", runs[0].pairs) for name, runs in of_small_pairs.items()]
+        others = [name for name in studies if name not in ("same", "8bit", "16bit")]
+        for first in range(0, len(others), 4):  # a few together: each call scores the base model once
+            scores.append((f"group_{first // 4 + 1}", arms_of(*others[first : first + 4]), without, None))
+        jobs = [(self.train_in_turn, (runs,)) for runs in [*studies.values(), *of_small_pairs.values()]]
+        jobs += [(self.evaluate, (f"ablations/eval_{name}", arms, flags, pairs)) for name, arms, flags, pairs in scores]
+        self.side_by_side(lambda job: job[0](*job[1]), jobs)
 
 
 # ------------------------------------------------------------------------------------ what comes out, in docs/results
 
-PANELS = {  # title: [(label, study of the ablations; "" is the main comparison's first seed)]
-    "beta": [("0.05", "beta_0.05"), ("0.1", ""), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
-    "learning rate of DPO": [("x 0.32", "rate_x0.32"), ("x 1", ""), ("x 3.2", "rate_x3.2")],
-    "learning rate of SFT": [("x 0.32", "rate_x0.32_sft"), ("x 1", ""), ("x 3.2", "rate_x3.2_sft")],
-    "bits, trained and read": [("4", ""), ("8", "8bit"), ("16", "16bit")],
-    "training pairs": [("128", "128_pairs"), ("1,024", "1024_pairs"), ("4,768", "")],
-    "LoRA rank": [("8", "rank_8"), ("16", ""), ("64", "rank_64")],
-    "loss": [("sigmoid", ""), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
-    "option order in training": [("balanced", ""), ("both", "both_orders"), ("as in the file", "original_order")],
+PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
+    "epochs of SFT before DPO": [("x 1", "same"), ("x 2", "sft_x2"), ("x 3", "sft_x3")],
+    "beta": [("0.05", "beta_0.05"), ("0.1", "same"), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
+    "learning rate of DPO": [("x 0.32", "rate_x0.32"), ("x 1", "same"), ("x 3.2", "rate_x3.2")],
+    "learning rate of SFT": [("x 0.32", "rate_x0.32_sft"), ("x 1", "same"), ("x 3.2", "rate_x3.2_sft")],
+    "bits, trained and read": [("4", "same"), ("8", "8bit"), ("16", "16bit")],
+    "training pairs": [("128", "128_pairs"), ("1,024", "1024_pairs"), ("4,768", "same")],
+    "LoRA rank": [("8", "rank_8"), ("16", "same"), ("64", "rank_64")],
+    "loss": [("sigmoid", "same"), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
+    "option order in training": [("balanced", "same"), ("both", "both_orders"), ("as in the file", "original_order")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
 
 def collect(work: Path, results: Path, arms: list[str]) -> None:
-    """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands."""
+    """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands.
+
+    Where a part was not run in this work folder, what was published of it stays.
+    """
     parts = [
         pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))
     ]
@@ -373,14 +403,20 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
         if not set(arms) <= set(part["arm"]):
             sys.exit(f"collect: a seed lacks {set(arms) - set(part['arm'])}")
     key = ["arm", "seed", "pair_id", "order", "history"]
-    write_predictions(pd.concat(parts).drop_duplicates(key), results / "predictions.csv.gz")
+    if parts:
+        write_predictions(pd.concat(parts).drop_duplicates(key), results / "predictions.csv.gz")
     parts = []
     for path in sorted(work.glob("ablations/eval_*/evaluation/predictions.csv")):
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-        parts.append(rows.assign(study=path.parent.parent.name.removeprefix("eval_")))
+        name = path.parent.parent.name.removeprefix("eval_")
+        if name != "same" and "negatives" not in name:  # several studies in one call, whose base and baselines are those of `same`
+            rows = rows[(rows["kind"] == "model") & (rows["arm"] != "base")]
+            parts.append(rows.assign(study=rows["arm"].str.partition("_")[2]))
+        else:
+            parts.append(rows.assign(study=name))
     if parts:
         write_predictions(pd.concat(parts), results / "ablations.csv.gz")
-    answers = work / f"main/eval_{SEEDS[0]}_more/evaluation/generation.json"
+    answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
         config.write_text(results / "generation.json", without_machine(answers.read_text()))
     (results / "runs").mkdir(exist_ok=True)
@@ -455,7 +491,16 @@ def tables(results: Path) -> dict[str, str]:
         kind = "training" if "wall_seconds" in run else "evaluation"
         seconds.setdefault((path.name.partition("_")[0], kind), []).append(run.get("wall_seconds") or sum(run["seconds"].values()))
     cost = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
+    more = ("accuracy_with_popularity", "accuracy_against_popularity", "personalisation_gap", "calibration_error")
+    also = [
+        [arm, *(evaluate_dpo.cell(values[name], evaluate_dpo.MEASURES[name][1]) for name in more)]
+        for arm, values in metrics["arms"].items()
+        if values["kind"] == "model" and "@" not in arm
+    ]
+    heads = [f"{label} ({unit})" if unit else label for label, unit in (evaluate_dpo.MEASURES[name] for name in more)]
     return {
+        "also": markdown(["arm", *heads], also),
+        "differing": markdown(["arms", "answers that differ, %"], [[names, f"{share:.1f}"] for names, share in found["differing answers"].items()]),
         "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
@@ -480,8 +525,10 @@ def ablations_of(results: Path) -> dict:
                        na_values={name: [""] for name in evaluate_dpo.MARGINS})  # fmt: skip
     main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
     first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@") & (main_rows["history"] == "own")]
-    first_sft = first[first["arm"] == "sft"]  # each ablation changes one thing of this seed
-    found = {"": arms_and_difference(first)}
+    same = rows[rows["study"] == "same"].drop(columns="study")
+    first = first if same.empty else same  # each ablation changes one thing of this
+    first_sft = first[first["arm"] == "sft"]
+    found = {"same": arms_and_difference(first)}
     for study, part in rows.groupby("study", sort=False):
         own = part.drop(columns="study").replace({"arm": {f"{stage}_{study}": stage for stage in ("sft", "dpo")}})
         found[study] = arms_and_difference(own if (own["arm"] == "sft").any() else pd.concat([own, first_sft]), "negatives" in study)
@@ -494,7 +541,21 @@ def ablations_of(results: Path) -> dict:
         arm: {"always A is right": round(row["A"], 6), "both orders": round((row["A"] + row["B"]) / 2, 6)}
         for arm, row in table.iterrows()
     }
+    found["differing answers"] = differing_answers(main_rows)
     return found
+
+
+def differing_answers(rows: pd.DataFrame) -> dict[str, float]:
+    """Of all answers to held-out users, in %, those that two arms of one seed, or two seeds of one arm, give differently."""
+    rows = rows[(rows["history"] == "own") & (rows["kind"] == "model") & (rows["arm"] != "base") & ~rows["arm"].str.contains("@")]
+    right = (rows["decision_margin"] > 0).to_numpy()
+    answers = pd.Series(right, pd.MultiIndex.from_frame(rows[["arm", "seed", "pair_id", "order"]])).unstack(["arm", "seed"])
+    shares: dict[str, list[float]] = {}
+    for (one, first), (other, second) in itertools.combinations(answers.columns, 2):
+        if one == other or (first == second and "dpo" in (one, other)):
+            names = f"{one}, {other} of another seed" if one == other else ", ".join(sorted((one, other)))
+            shares.setdefault(names, []).append(100 * float((answers[one, first] != answers[other, second]).mean()))
+    return {names: round(sum(values) / len(values), 6) for names, values in shares.items()}
 
 
 def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dict:
