@@ -344,21 +344,43 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
 
 def test_what_is_said_of_the_study_is_what_its_files_hold():
     results = config.ROOT / "docs" / "results"
-    metrics, ablations = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "ablations"))
+    metrics, ablations, search = (json.loads(read(f"docs/results/{name}.json")) for name in ("metrics", "ablations", "search"))
     page, settings = (" ".join(read(name).split()) for name in ("docs/results/README.md", "docs/hyperparameters.md"))
     arms = {arm: values["ranking_accuracy"]["value"] for arm, values in metrics["arms"].items()}
-    off = [metrics["arms"][arm]["calibration_error"]["value"] for arm in ("sft", "dpo")]
-    assert f"off by {off[0]:.2f} in the mean (expected calibration error) and DPO's by {off[1]:.2f}" in page
-    few = ablations["1024_pairs"]["arms"]["sft"]["ranking_accuracy"]["value"]
-    assert f"better by {arms['dpo'] - arms['sft']:.0f} points" in page
+    off = [metrics["arms"][arm]["calibration_error"]["value"] for arm in ("sft", "dpo", "sft_long")]
+    said = "SFT's decisions are off by {:.2f} in the mean (expected calibration error), DPO's by {:.2f} and those of longer SFT by {:.2f}"
+    assert said.format(*off) in page
+    lead, lag = (metrics["comparisons"][f"dpo - {arm}"]["value"] for arm in ("sft", "sft_long"))
+    assert f"better by {lead:.0f} points" in page and f"ranks better than DPO by {-lag:.0f} points" in page
+    assert f"DPO's lead is {lead:+.1f} points of ranking accuracy, and an SFT of eight leads DPO by {-lag:.1f}" in settings
     assert f"DPO by {arms['popularity'] - arms['dpo']:.0f} points" in page
-    assert f"({few:.1f} against {arms['sft']:.1f})" in page
-    leads = [ablations[study]["dpo - sft"]["value"] for study in ("128_pairs", "1024_pairs", "")]
+    usual = ablations["usual protocol"]["sft_long"]["always A is right"]
+    assert f"pass the {arms['popularity']:.1f}% of the popularity baseline" in page and usual > arms["popularity"] > arms["sft_long"]
+    rates = {name: ablations[name]["arms"]["sft"]["ranking_accuracy"]["value"] for name in ("rate_x0.32_sft", "same", "rate_x3.2_sft")}
+    assert f"better by {rates['rate_x3.2_sft'] - rates['same']:.0f} points, less" in page
+    assert f"a third of it costs {rates['same'] - rates['rate_x0.32_sft']:.1f} points" in settings
+
+    def found(arm, rate, epochs):
+        return next(trial for trial in search[arm]["trials"] if (trial["rate"], trial["epochs"]) == (rate, epochs))
+
+    values = [found(*trial)["ranking_accuracy"] for trial in (("sft_long", search["sft"]["rate"], 8), ("dpo", search["dpo"]["rate"], 4))]
+    assert "it reached {:.1f}% in the search, where DPO reached {:.1f}%".format(*values) in page
+    assert f"up to {max(trial['response_accuracy'] for trial in search['dpo_base']['trials']):.1f}% of its whole responses" in settings
+    assert {trial["ranking_accuracy"] for trial in search["dpo_base"]["trials"]} == {50.0}
+    for measure, more in (("ranking_accuracy", False), ("response_accuracy", True)):
+        assert (found("dpo", "5e-4", 4)[measure] > found("dpo", "2e-4", 4)[measure]) == more
+    apart = ablations["differing answers"]
+    for arm in ("sft", "dpo", "sft_long"):
+        assert 0.4 < apart[f"{arm}, {arm} of another seed"] / apart["dpo, sft"] < 0.65
+
+    pilot, changed = (json.loads((results / "pilot" / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "ablations"))
+    values = [pilot["arms"][arm]["ranking_accuracy"]["value"] for arm in ("dpo", "sft")]
+    assert "SFT: {:.1f}% against {:.1f}%".format(*values) in page
+    values = [changed["usual protocol"][arm]["always A is right"] for arm in ("dpo", "sft")]
+    assert "its adapters had {:.1f}% and {:.1f}%".format(*values) in page
+    assert f"SFT had reached {changed['1024_pairs']['arms']['sft']['ranking_accuracy']['value']:.1f}%" in page
+    leads = [changed[study]["dpo - sft"]["value"] for study in ("128_pairs", "1024_pairs", "")]
     assert "{:+.1f}, {:+.1f} and {:+.1f} points".format(*leads).replace("-", "−") in settings
-    search = json.loads((results / "search.json").read_text(encoding="utf-8"))
-    hottest = {trial["epochs"]: trial for trial in search["dpo"]["trials"] if trial["rate"] == "5e-4"}
-    lost = hottest[1]["ranking_accuracy"] - hottest[2]["ranking_accuracy"]
-    assert f"costs {lost:.0f} points of ranking accuracy" in settings and hottest[2]["response_accuracy"] > hottest[1]["response_accuracy"]
 
 
 def test_the_tables_of_the_study_are_those_of_its_files():
