@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import itertools
 import json
 import math
 import re
@@ -345,12 +346,18 @@ def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list
     if repeated > 0.01 * len(test):
         notes.append(f"{repeated:,} of {len(test):,} test pairs share their history with another: intervals take each for a user of its own")
     seen = {arm: max(map(rows_seen, folders.values())) for arm, folders in adapters.items()}
-    longer = any(arm.startswith("sft_") for arm in seen)
-    if seen.get("sft") and seen.get("dpo", 0) > seen["sft"] and not longer:
+    arms_of_sft = {arm: rows for arm, rows in seen.items() if rows and (arm == "sft" or arm.startswith("sft_"))}
+    if arms_of_sft and seen.get("dpo", 0) > max(arms_of_sft.values()):
+        listed = " and ".join(f"{arm} {rows:,}" for arm, rows in arms_of_sft.items())
         notes.append(
-            f"dpo has seen {seen['dpo']:,} pairs in training, its SFT start included, and sft {seen['sft']:,}: an arm of longer SFT, "
+            f"dpo has seen {seen['dpo']:,} pairs in training, its SFT start included, and {listed}: an arm of longer SFT, "
             "named sft_long or the like, would tell DPO from more training"
         )
+    notes += [
+        f"{arm} has seen {rows:,} pairs in training, more than dpo with its SFT start ({seen['dpo']:,})"
+        for arm, rows in arms_of_sft.items()
+        if rows > seen.get("dpo", 0) > 0
+    ]
     return notes
 
 
@@ -806,6 +813,8 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
     models = [(arm, *arm.partition("@")) for arm in accuracy if metrics["arms"][arm]["kind"] == "model"]
     pairs_of_arms = [(arm, "sft" + at + bits) for arm, name, at, bits in models if name != "sft"]  # in one precision
     pairs_of_arms += [("dpo", arm) for arm in accuracy if arm not in ("dpo", "sft", "always A") and "@" not in arm]
+    baselines = [arm for arm in accuracy if metrics["arms"][arm]["kind"] == "baseline" and arm != "always A"]
+    pairs_of_arms += itertools.product(sft_controls(metrics), baselines)
     comparisons = {}
     for one, other in pairs_of_arms:
         if one in accuracy and other in accuracy:
@@ -830,7 +839,7 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
     for comparison, p in zip(comparisons.values(), holm([found["p"] for found in comparisons.values()]), strict=True):
         comparison["p_holm"] = p
     metrics["comparisons"] = comparisons
-    for arm in ("sft", *longer_sft(metrics)):
+    for arm in ("sft", *sft_controls(metrics)):
         if found := comparisons.get(f"dpo - {arm}"):
             one_letter = all(letter_always_answered(metrics["arms"][name]) for name in (arm, "dpo"))
             found["verdict"] = verdict(found["value"], found["low"], found["high"], one_letter)
@@ -841,8 +850,8 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
     return metrics
 
 
-def longer_sft(metrics: dict[str, Any]) -> list[str]:
-    """The arms of SFT that are there beside `sft`, in the same precision: controls for what DPO's further training does."""
+def sft_controls(metrics: dict[str, Any]) -> list[str]:
+    """The arms of SFT beside `sft`, by name (sft_...), in the same precision: controls for what DPO's further training does."""
     return [arm for arm in metrics["arms"] if arm.startswith("sft_") and "@" not in arm]
 
 
@@ -945,7 +954,7 @@ def summary(metrics: dict[str, Any], model: str = "") -> str:
             )
     lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
     lines.append(f"to quote: {sentence(metrics, model)}")
-    controls = {arm: metrics["comparisons"].get(f"dpo - {arm}", {}).get("verdict") for arm in longer_sft(metrics)}
+    controls = {arm: metrics["comparisons"].get(f"dpo - {arm}", {}).get("verdict") for arm in sft_controls(metrics)}
     also = "".join(f"; against {arm}: {control}" for arm, control in controls.items() if control)
     return "\n".join([*lines, f"verdict: {metrics['verdict']}{also}"])
 
@@ -960,34 +969,40 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
     What model it is of is not in the predictions, so that metrics.json cannot say it; model adds it.
     """
     found, arms = metrics["comparisons"]["dpo - sft"], metrics["arms"]
-    says = {
-        "SUPPORTED": "which supports that DPO improves ranking adherence over SFT",
-        "NOT SUPPORTED": "which speaks against DPO improving ranking adherence over SFT",
-        "PARTIAL: comparable": "so the two are within one point of each other",
-        "PARTIAL: small gain": "a gain too small for the two points asked for",
-        "INCONCLUSIVE": "which is too uncertain to decide whether DPO improves ranking adherence over SFT",
-    }[metrics["verdict"]]
+    controls = [arm for arm in sft_controls(metrics) if "verdict" in metrics["comparisons"].get(f"dpo - {arm}", {})]
+
+    def meaning(verdict: str, over: str) -> str:
+        return {
+            "SUPPORTED": f"which supports that DPO improves ranking adherence over {over}",
+            "NOT SUPPORTED": f"which speaks against DPO improving ranking adherence over {over}",
+            "PARTIAL: comparable": "so the two are within one point of each other",
+            "PARTIAL: small gain": "a gain too small for the two points asked for",
+            "INCONCLUSIVE": f"which is too uncertain to decide whether DPO improves ranking adherence over {over}",
+        }[verdict]
+
+    says = meaning(metrics["verdict"], "this SFT" if controls else "SFT")
     if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
         says = "which says nothing of how they compare, since both answer one letter almost always"
     runs = [arms[arm]["seeds"] for arm in ("dpo", "sft")]
-    trained = "one training run each" if max(runs) == 1 else f"{runs[0]} and {runs[1]} training runs"
+    trained = "one training run each" if max(runs) == 1 else f"{runs[0]} training runs each"
+    if runs[0] != runs[1]:
+        trained = f"{runs[0]} and {runs[1]} training runs"
     tested = "on order-free decisions" + (" of all runs together" if max(runs) > 1 else "")
     accuracies = " and ".join(f"{arms[arm]['ranking_accuracy']['value']:.1f}%" for arm in ("dpo", "sft"))
-    controls = ""
-    for arm in longer_sft(metrics):
+    also = ""
+    for arm in controls:
         more = metrics["comparisons"][f"dpo - {arm}"]
-        controls += (
-            f" Against the SFT control {arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) the difference is "
-            f"{more['value']:+.1f} points ({more['low']:+.1f} to {more['high']:+.1f}): {more['verdict']}."
+        also += (
+            f" From the SFT control {arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) it differs by {more['value']:+.1f} points "
+            f"({more['low']:+.1f} to {more['high']:+.1f}), {meaning(more['verdict'], 'that one')}."
         )
-    says = says.replace("over SFT", "over this SFT") if controls else says
     popularity = arms.get("popularity")
     baseline = f" Recommending the more popular film scores {popularity['ranking_accuracy']['value']:.1f}%." if popularity else ""
     return (
         f"On {metrics['users']:,} held-out users, each shown both orders of the options, DPO and SFT "
         f"{f'of {model} ' if model else ''}reached a ranking accuracy "
         f"of {accuracies} ({trained}), a difference of {found['value']:+.1f} percentage points "
-        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} {tested}), {says}.{controls}{baseline}"
+        f"(95% interval {found['low']:+.1f} to {found['high']:+.1f}; exact McNemar p = {found['p']:.2g} {tested}), {says}.{also}{baseline}"
     )
 
 
@@ -996,11 +1011,16 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
     arms, comparisons = metrics["arms"], metrics["comparisons"]
     models = [arm for arm, measures in arms.items() if measures["kind"] == "model" and arm != "base" and "@" not in arm]
     found = [caveat for arm in models for caveat in caveats_of(arm, metrics)]
-    better = [arm for arm in arms if arms[arm]["kind"] == "baseline" and comparisons.get(f"dpo - {arm}", {"value": 0})["value"] < 0]
-    if better:
-        names = {"popularity": "taking the more popular film"}
-        listed = ", ".join(f"{names.get(arm, arm)} ({arms[arm]['ranking_accuracy']['value']:.1f}%)" for arm in better)
-        found.append(f"dpo ({arms['dpo']['ranking_accuracy']['value']:.1f}%) loses to {listed}")
+    for arm in ("dpo", *sft_controls(metrics)):
+        lost = {name: comparisons[f"{arm} - {name}"] for name in arms if arms[name]["kind"] == "baseline" and f"{arm} - {name}" in comparisons}
+        for says, which in (
+            ("loses to", [name for name, other in lost.items() if other["high"] < 0]),
+            ("is not shown to be better than", [name for name, other in lost.items() if other["low"] <= 0 <= other["high"]]),
+        ):
+            names = {"popularity": "taking the more popular film"}
+            listed = ", ".join(f"{names.get(name, name)} ({arms[name]['ranking_accuracy']['value']:.1f}%)" for name in which)
+            if which:
+                found.append(f"{arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) {says} {listed}")
     difference = comparisons["dpo - sft"]
     order_free = difference["order_free_accuracy"]
     if difference["low"] * difference["high"] > 0 and order_free["low"] <= 0 <= order_free["high"]:
@@ -1008,12 +1028,12 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
             f"with both orders taken together the difference is {interval_text(order_free)} points, which may be 0: what differs may be "
             "how much they lean to one letter and not which film they prefer"
         )
-    for arm in longer_sft(metrics):
+    for arm in sft_controls(metrics):
         also = comparisons[f"dpo - {arm}"]
         if also["high"] < 0 < difference["low"]:
-            found.append(f"dpo is better than sft and worse than {arm} ({interval_text(also)} points): what it gains, more SFT gains too")
+            found.append(f"dpo is better than sft and worse than {arm} ({interval_text(also)} points): what it gains, SFT alone can gain too")
         elif also["low"] <= 0 < difference["low"]:
-            found.append(f"dpo is better than sft but not clearly than {arm} ({interval_text(also)} points): more SFT may do as well")
+            found.append(f"dpo is better than sft but not clearly than {arm} ({interval_text(also)} points): SFT alone may do as well")
     if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
         found.append("one training run an arm: what another seed would give is not in the interval")
     return found

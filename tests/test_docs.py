@@ -352,19 +352,29 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     assert said.format(*off) in page
     lead, lag = (metrics["comparisons"][f"dpo - {arm}"]["value"] for arm in ("sft", "sft_long"))
     assert f"better by {lead:.0f} points" in page and f"ranks better than DPO by {-lag:.0f} points" in page
-    assert f"DPO's lead is {lead:+.1f} points of ranking accuracy, and an SFT of eight leads DPO by {-lag:.1f}" in settings
-    assert f"DPO by {arms['popularity'] - arms['dpo']:.0f} points" in page
+    assert f"DPO's lead is {lead:+.1f} points of ranking accuracy, and an SFT of eight, at 2e-3, leads DPO by {-lag:.1f}" in settings
+    assert f"DPO is worse than that by {arms['popularity'] - arms['dpo']:.0f} points" in page
+    for arm in ("dpo", "sft_long"):
+        assert metrics["comparisons"][f"{arm} - popularity"]["low"] < 0 and metrics["arms"][arm]["accuracy_against_popularity"]["low"] < 50
     usual = ablations["usual protocol"]["sft_long"]["always A is right"]
-    assert f"pass the {arms['popularity']:.1f}% of the popularity baseline" in page and usual > arms["popularity"] > arms["sft_long"]
-    rates = {name: ablations[name]["arms"]["sft"]["ranking_accuracy"]["value"] for name in ("rate_x0.32_sft", "same", "rate_x3.2_sft")}
-    assert f"better by {rates['rate_x3.2_sft'] - rates['same']:.0f} points, less" in page
-    assert f"a third of it costs {rates['same'] - rates['rate_x0.32_sft']:.1f} points" in settings
+    assert f"longer SFT ({usual:.1f}%) above popularity ({arms['popularity']:.1f}%), which both orders do not ({arms['sft_long']:.1f}%)" in page
+    assert f"by {-metrics['comparisons']['dpo - dpo_base']['response_accuracy']['value']:.1f} points, with half the pairs seen" in page
+    needless = arms["dpo"] - metrics["arms"]["dpo"]["personalisation_gap"]["value"]
+    said = "scores {:.1f}%: of its {:.0f} points above chance, {:.0f} need no history"
+    assert said.format(needless, arms["dpo"] - 50, needless - 50) in page
+    changes = [ablations[f"rate_x{times}_sft"]["sft - same"] for times in ("0.32", "3.2")]
+    assert "better by {value:.1f} points ({low:.1f} to {high:+.1f})".format(**changes[1]) in page
+    assert f"a third of it costs {-changes[0]['value']:.1f} points" in settings
 
     def found(arm, rate, epochs):
         return next(trial for trial in search[arm]["trials"] if (trial["rate"], trial["epochs"]) == (rate, epochs))
 
     values = [found(*trial)["ranking_accuracy"] for trial in (("sft_long", search["sft"]["rate"], 8), ("dpo", search["dpo"]["rate"], 4))]
-    assert "it reached {:.1f}% in the search, where DPO reached {:.1f}%".format(*values) in page
+    assert "behind DPO in the search ({:.1f}% against {:.1f}%, one run each)".format(*values) in page
+    earlier = {trial["epochs"]: trial["ranking_accuracy"] for trial in search["dpo"]["superseded"] if trial["rate"] == "5e-4"}
+    assert f"a second epoch of DPO cost {earlier[1] - earlier[2]:.0f} points" in page
+    for arm, trials in experiment.GRID.items():
+        assert search[arm]["epochs"] == max(epochs for _, epochs in trials), "the best trial has the most epochs"
     assert f"up to {max(trial['response_accuracy'] for trial in search['dpo_base']['trials']):.1f}% of its whole responses" in settings
     assert {trial["ranking_accuracy"] for trial in search["dpo_base"]["trials"]} == {50.0}
     for measure, more in (("ranking_accuracy", False), ("response_accuracy", True)):

@@ -243,7 +243,8 @@ def test_dpo_is_compared_with_longer_sft_too():
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=best, dpo=dpo), 300, 0)
     assert any("worse than sft_long" in caveat for caveat in metrics["caveats"])
     assert evaluate_dpo.summary(metrics).endswith("verdict: SUPPORTED; against sft_long: NOT SUPPORTED")
-    assert "over this SFT. Against the SFT control sft_long (8" in metrics["sentence"], "a gain that more SFT beats is not quoted alone"
+    assert "over this SFT. From the SFT control sft_long (8" in metrics["sentence"], "a gain that more SFT beats is not quoted alone"
+    assert "which speaks against DPO improving ranking adherence over that one" in metrics["sentence"]
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=sft, sft_long=sft, dpo=dpo), 300, 0)
     assert not any("than sft_long" in caveat for caveat in metrics["caveats"])
 
@@ -291,6 +292,14 @@ def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
     del adapters["sft_long"]
     [note] = evaluate_dpo.notes_on(pairs, adapters)
     assert "dpo has seen 150 pairs" in note and "sft 100" in note
+    adapters["sft_long"] = {"1": tmp_path / "sft"}
+    [note] = evaluate_dpo.notes_on(pairs, adapters)
+    assert "sft 100 and sft_long 100" in note, "an arm is longer SFT by what it has seen, not by its name"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "run.json").write_text(json.dumps({"rows_seen": 400}))
+    [note] = evaluate_dpo.notes_on(pairs, adapters | {"sft_long": {"1": tmp_path / "more"}})
+    assert note.startswith("sft_long has seen 400 pairs in training, more than dpo")
+    del adapters["sft_long"]
     (tmp_path / "sft" / "run.json").write_text("no JSON")
     assert evaluate_dpo.notes_on(pairs, adapters) == [], "what is not known is not compared"
     assert "10 of 40 test pairs share their history" in evaluate_dpo.notes_on([*pairs, *pairs[:10]], {})[0]

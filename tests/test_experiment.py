@@ -133,6 +133,42 @@ def test_the_whole_study_starts_each_run_once_and_after_what_it_needs(study, tmp
     assert changed == {name for points in experiment.PANELS.values() for _, name in points}
 
 
+@pytest.mark.parametrize("fault", ["search/sft_", "main/sft_", "ablations/sft_same", "raise"])
+def test_a_study_with_a_run_that_fails_ends_and_says_so(tmp_path, monkeypatch, fault):
+    """Whatever waits for it ends, too: no thread is left waiting on a machine that is paid by the second."""
+
+    def command(self, script, flags, log, *rest):
+        if fault == "raise" and log == "ablations/sft_same":
+            sys.exit("it was trained with other flags")
+        if log.startswith(fault):
+            self.failed.append(log)
+            return False
+        folder = tmp_path / "work" / log
+        (folder / ("x_final" if script == "train_dpo.py" else "evaluation")).mkdir(parents=True)
+        if script == "evaluate_dpo.py":
+            arms = [word.partition("=")[0] for word in shlex.split(flags.partition("--adapters ")[2])]
+            measures = dict.fromkeys(("ranking_accuracy", "order_free_accuracy", "response_accuracy"), {"value": 50.0})
+            (folder / "evaluation" / "metrics.json").write_text(json.dumps({"arms": dict.fromkeys(arms, measures)}))
+        return True
+
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(60))
+    words = ["all", "--pairs", str(tmp_path / "pairs.jsonl"), "--work", str(tmp_path / "work"), "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words])
+    monkeypatch.setattr(experiment.Study, "command", command)
+    ended = []
+
+    def run() -> None:
+        try:
+            experiment.main()
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and ended
+
+
 def test_what_waits_for_a_slot_goes_by_priority():
     slots, order = experiment.Slots(["0"]), []
 

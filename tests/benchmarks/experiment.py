@@ -157,17 +157,19 @@ class Study:
 
     def train_in_turn(self, runs: list[Run]) -> None:
         """One after the other; what waits for one of them goes on when it has ended, well or not."""
-        for run in runs:
-            try:
+        try:
+            for run in runs:
                 self.train([run])
-            finally:
+                self.coming[run.name].set()
+        finally:
+            for run in runs:
                 self.coming[run.name].set()
 
     def announce(self, names) -> None:
         for name in names:
             self.coming.setdefault(name, threading.Event())
 
-    def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None) -> bool:
+    def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None, priority: int = 0) -> bool:
         """Score arms, {arm: run}, into WORK/name/evaluation, once they are there; those whose training failed are left out."""
         for run in arms.values():
             if run in self.coming:
@@ -176,9 +178,12 @@ class Study:
         if before.exists() and json.loads(before.read_text())["adapters"].keys() == arms.keys():
             return True
         there = {arm: self.adapter(run) for arm, run in arms.items() if self.adapter(run).is_dir() or self.options.dry_run}
+        if not there:
+            self.failed.append(f"{name}, none of whose arms is there")
+            return False
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
-        return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring)
+        return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring, priority)
 
     def side_by_side(self, function, jobs) -> None:
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
@@ -219,11 +224,13 @@ class Study:
             self.chosen[arm].set_result(self.best(arm, known, after) | ({"superseded": superseded} if superseded else {}))
             print(arm, self.chosen[arm].result(), flush=True)
 
-        try:
-            self.side_by_side(choose, list(GRID))
-        finally:
-            for choice in self.chosen.values():
-                choice.cancel()  # if it was not made, what waits for it ends too
+        def choose_or_end(arm: str) -> None:
+            try:
+                choose(arm)
+            finally:
+                self.chosen[arm].cancel()  # where no choice was made, what waits for it ends too
+
+        self.side_by_side(choose_or_end, list(GRID))
         name = "dry_run.json" if self.options.dry_run else "search.json"
         config.write_json(self.work / name, {arm: self.chosen[arm].result() for arm in GRID})
 
@@ -298,7 +305,8 @@ class Study:
         self.change_one_thing()
 
     def change_one_thing(self) -> None:
-        """Ablations: each changes one thing of the first seed, SFT and DPO both where it concerns both.
+        """Ablations: each changes one thing of the first seed, SFT and DPO both where it concerns both; `sft_x...` the learning
+        rate of SFT and then its epochs.
 
         The first seed is trained again here (`same`), so that the ablations need no run of the main comparison and all of
         them stand on one machine; its adapters also generate answers and are read on 16-bit weights, which costs most.
@@ -323,7 +331,7 @@ class Study:
             return [Run(f"ablations/sft_rate_x{times}_sft", "sft", schedule)]
 
         def after_sft(times: int) -> list[Run]:
-            """DPO from an SFT of more epochs, at the learning rate that the search found for longer SFT."""
+            """DPO from an SFT of that many times the epochs, at the learning rate that the search found for longer SFT."""
             return both(f"sft_x{times}", schedule=self.schedule("sft", chosen["sft_long"]["rate"], times * chosen["sft"]["epochs"]))
 
         def as_long(count: float) -> str:
@@ -334,8 +342,7 @@ class Study:
         studies = {
             "8bit": both("8bit", "--bits 8"),
             "same": both("same"),
-            "sft_x3": after_sft(3),
-            "sft_x2": after_sft(2),
+            **{f"sft_x{times}": after_sft(times) for times in (3, 2, 1)},
             "original_order": both("original_order", "--option_order original"),
             **{f"{count}_pairs": both(f"{count}_pairs", f"--max_pairs {count} {as_long(count)}") for count in (128, 1024)},
             "16bit": both("16bit", "--bits 16"),
@@ -363,21 +370,21 @@ class Study:
 
         without = f"--strangers false {NO_ANSWERS}"
         again = {"sft": "ablations/sft_same", "dpo": "ablations/dpo_same", "sft_long": "ablations/sft_sft_x2"}
-        scores = [("same", again, "--strangers false --second_bits 16 --generate_users 100", None)]
-        scores += [(f"{bits}bit", arms_of(f"{bits}bit"), f"{without} --bits {bits}", None) for bits in (8, 16)]
-        scores += [(name, arms_of(name), f"--strangers true {NO_ANSWERS}", runs[0].pairs) for name, runs in of_small_pairs.items()]
+        scores = [("same", again, "--strangers false --second_bits 16 --generate_users 100", None, 2)]  # what lasts longest goes last
+        scores += [(f"{bits}bit", arms_of(f"{bits}bit"), f"{without} --bits {bits}", None, 1) for bits in (8, 16)]
+        scores += [(name, arms_of(name), f"--strangers true {NO_ANSWERS}", runs[0].pairs, 1) for name, runs in of_small_pairs.items()]
         others = [name for name in studies if name not in ("same", "8bit", "16bit")]
         for first in range(0, len(others), 4):  # a few together: each call scores the base model once
-            scores.append((f"group_{first // 4 + 1}", arms_of(*others[first : first + 4]), without, None))
+            scores.append((f"group_{first // 4 + 1}", arms_of(*others[first : first + 4]), without, None, 1))
         jobs = [(self.train_in_turn, (runs,)) for runs in [*studies.values(), *of_small_pairs.values()]]
-        jobs += [(self.evaluate, (f"ablations/eval_{name}", arms, flags, pairs)) for name, arms, flags, pairs in scores]
+        jobs += [(self.evaluate, (f"ablations/eval_{name}", *what)) for name, *what in scores]
         self.side_by_side(lambda job: job[0](*job[1]), jobs)
 
 
 # ------------------------------------------------------------------------------------ what comes out, in docs/results
 
 PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
-    "epochs of SFT before DPO": [("x 1", "same"), ("x 2", "sft_x2"), ("x 3", "sft_x3")],
+    "epochs of SFT, at the rate of sft_long": [("x 1", "sft_x1"), ("x 2", "sft_x2"), ("x 3", "sft_x3")],
     "beta": [("0.05", "beta_0.05"), ("0.1", "same"), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
     "learning rate of DPO": [("x 0.32", "rate_x0.32"), ("x 1", "same"), ("x 3.2", "rate_x3.2")],
     "learning rate of SFT": [("x 0.32", "rate_x0.32_sft"), ("x 1", "same"), ("x 3.2", "rate_x3.2_sft")],
@@ -394,7 +401,7 @@ SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 def collect(work: Path, results: Path, arms: list[str]) -> None:
     """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands.
 
-    Where a part was not run in this work folder, what was published of it stays.
+    Where a part was not run in this work folder, what was published of it stays; what was run takes its place as a whole.
     """
     parts = [
         pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))
@@ -415,12 +422,17 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
         else:
             parts.append(rows.assign(study=name))
     if parts:
-        write_predictions(pd.concat(parts), results / "ablations.csv.gz")
+        found = pd.concat(parts).drop_duplicates(["study", *key])
+        write_predictions(found, results / "ablations.csv.gz")
     answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
         config.write_text(results / "generation.json", without_machine(answers.read_text()))
     (results / "runs").mkdir(exist_ok=True)
-    for path in [*sorted(work.glob("*/*/*_final/run.json")), *sorted(work.glob("*/*/evaluation/run.json"))]:
+    written = [*sorted(work.glob("*/*/*_final/run.json")), *sorted(work.glob("*/*/evaluation/run.json"))]
+    for part in {path.parts[-4] for path in written} - {"search"}:  # one work folder is one study; the search goes on from an earlier one
+        for old in (results / "runs").glob(f"{part}_*.run.json"):
+            old.unlink()
+    for path in written:
         run = json.loads(without_machine(path.read_text()))
         part, name = path.parts[-4:-2]
         if name.rpartition("_")[2] != str(SEEDS[0]):
@@ -484,7 +496,8 @@ def tables(results: Path) -> dict[str, str]:
         for label, study in points:
             arms, difference = found[study]["arms"], found[study]["dpo - sft"]
             cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
-            ablated.append([title, label, *cells, evaluate_dpo.interval_text(difference) if difference else ""])
+            changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
+            ablated.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in (*changes, difference))])
     seconds: dict[tuple[str, str], list[float]] = {}
     for path in (results / "runs").glob("*.run.json"):
         run = json.loads(path.read_text())
@@ -504,7 +517,7 @@ def tables(results: Path) -> dict[str, str]:
         "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
-        "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "DPO - SFT, ranking"], ablated),
+        "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
         "cost": markdown(["part", "what", "runs", "minutes, summed over runs"], cost),
     }
 
@@ -529,9 +542,17 @@ def ablations_of(results: Path) -> dict:
     first = first if same.empty else same  # each ablation changes one thing of this
     first_sft = first[first["arm"] == "sft"]
     found = {"same": arms_and_difference(first)}
+    studies = {}
     for study, part in rows.groupby("study", sort=False):
         own = part.drop(columns="study").replace({"arm": {f"{stage}_{study}": stage for stage in ("sft", "dpo")}})
+        studies[study] = own
         found[study] = arms_and_difference(own if (own["arm"] == "sft").any() else pd.concat([own, first_sft]), "negatives" in study)
+        if study != "same" and "negatives" not in study:
+            for stage in sorted({"sft", "dpo"} & set(own["arm"])):
+                found[study][f"{stage} - same"] = paired(own, stage, first, stage)
+    for study, control in (("sft_x1", "sft_x2"), ("sft_x2", "sft_x3")):  # DPO and SFT of as many epochs in all
+        if study in studies and control in studies:
+            found[study]["dpo - longer sft"] = paired(studies[study], "dpo", studies[control], "sft")
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
     usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
     usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
@@ -562,6 +583,13 @@ def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dic
     measured = evaluate_dpo.compute_metrics(rows, 10_000, SEEDS[0])
     arms = {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or with_baselines}
     return {"arms": arms, "dpo - sft": measured["comparisons"].get("dpo - sft")}
+
+
+def paired(rows: pd.DataFrame, arm: str, others: pd.DataFrame, other: str) -> dict:
+    """The difference of two arms of different studies, over the same users."""
+    both = [rows[rows["arm"] == arm].assign(arm="dpo"), others[others["arm"] == other].assign(arm="sft")]
+    found = evaluate_dpo.compute_metrics(pd.concat(both), 10_000, SEEDS[0])["comparisons"]["dpo - sft"]
+    return {name: value for name, value in found.items() if name not in ("p_holm", "verdict")}
 
 
 def panels_of(found: dict) -> dict[str, list[tuple[str, str]]]:
