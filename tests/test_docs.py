@@ -362,6 +362,8 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     needless = arms["dpo"] - metrics["arms"]["dpo"]["personalisation_gap"]["value"]
     said = "scores {:.1f}%: of its {:.0f} points above chance, {:.0f} need no history"
     assert said.format(needless, arms["dpo"] - 50, needless - 50) in page
+    genres = metrics["arms"]["genre overlap"]["accuracy_against_popularity"]
+    assert f"more like the history's scores {genres['value']:.1f}%" in page and genres["low"] > 50
     changes = [ablations[f"rate_x{times}_sft"]["sft - same"] for times in ("0.32", "3.2")]
     assert "better by {value:.1f} points ({low:.1f} to {high:+.1f})".format(**changes[1]) in page
     assert f"a third of it costs {-changes[0]['value']:.1f} points" in settings

@@ -1,4 +1,4 @@
-"""The study's program: what it would run, without running it."""
+"""The study's program: what it would run, without running it; and what benchmarks keep."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import experiment
+from benchmarks import experiment, gpu
 from conftest import make_pairs
 from data.pairs import load_pairs, split_pairs, write_pairs
 
@@ -190,3 +190,11 @@ def test_what_waits_for_a_slot_goes_by_priority():
 def test_the_smallest_tables_name_no_machine():
     assert experiment.without_machine('"/home/somebody/repo/outputs/study/main/x"') == '"outputs/study/main/x"'
     assert experiment.without_machine("--outputs /root/repo/outputs/study/a --seed 1") == "--outputs outputs/study/a --seed 1"
+
+
+def test_a_measurement_takes_the_place_of_its_own_case_alone(tmp_path):
+    path = tmp_path / "gpu.json"
+    one, other = ({"device": device, "micro_batch": 8, "pairs_per_second": 1.0} for device in ("H100", "H200"))
+    gpu.save(path, [one, other], ("device", "micro_batch"))
+    gpu.save(path, [other | {"pairs_per_second": 2.0}], ("device", "micro_batch"))
+    assert [(record["device"], record["pairs_per_second"]) for record in json.loads(path.read_text())] == [("H100", 1.0), ("H200", 2.0)]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 
 def main() -> None:
@@ -34,12 +34,11 @@ def main() -> None:
 
     import config
     import evaluate_dpo
+    import gpu
 
     config.quiet_libraries()
     settings = config.preset_settings(config.EvaluationSettings, options.preset, base_model=options.model, pairs=options.pairs)
     _, test = config.load_split(settings)
-    path = options.results / "evaluation_speed.json"
-    before = json.loads(path.read_text()) if path.exists() else []
     records, scores = [], {}
     for mode in options.modes:
         torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
@@ -72,14 +71,7 @@ def main() -> None:
                     record[f"{name}_off_by_nats"] = {"largest": round(float(off.max()), 5), "mean": round(float(off.mean()), 6)}
                 record["decisions_changed"] = int(((scores[record["compute"]][0] > 0) != (scores["float32"][0] > 0)).sum())
         print(json.dumps(records[-1]), flush=True)
-        measured = [case_key(record) for record in records]
-        kept = [record for record in before if case_key(record) not in measured]
-        path.write_text(json.dumps(kept + records, indent=1) + "\n")
-
-
-def case_key(record: dict) -> tuple:
-    """What a record is of: a new one takes the place of an earlier one."""
-    return tuple(record[name] for name in ("device", "shape", "compute", "users"))
+        gpu.save(options.results / "evaluation_speed.json", records, ("device", "shape", "compute", "users"))
 
 
 if __name__ == "__main__":

@@ -395,6 +395,7 @@ PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
     "option order in training": [("balanced", "same"), ("both", "both_orders"), ("as in the file", "original_order")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
+AS_LONG = {"sft_x1": "sft_x2", "sft_x2": "sft_x3"}  # DPO of the one and SFT of the other have as many epochs in all
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
 
@@ -498,6 +499,12 @@ def tables(results: Path) -> dict[str, str]:
             cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
             changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
             ablated.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in (*changes, difference))])
+    longer = []
+    for study in AS_LONG:
+        if difference := found.get(study, {}).get("dpo - longer sft"):
+            cells = [evaluate_dpo.cell(found[name]["arms"][arm]["ranking_accuracy"], "%") for name, arm in ((study, "dpo"), (AS_LONG[study], "sft"))]
+            also = [evaluate_dpo.interval_text(part) for part in (difference, difference["order_free_accuracy"])]
+            longer.append([study.removeprefix("sft_"), *cells, *also])
     seconds: dict[tuple[str, str], list[float]] = {}
     for path in (results / "runs").glob("*.run.json"):
         run = json.loads(path.read_text())
@@ -505,19 +512,20 @@ def tables(results: Path) -> dict[str, str]:
         seconds.setdefault((path.name.partition("_")[0], kind), []).append(run.get("wall_seconds") or sum(run["seconds"].values()))
     cost = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
     more = ("accuracy_with_popularity", "accuracy_against_popularity", "personalisation_gap", "calibration_error")
-    also = [
+    more_of_arms = [
         [arm, *(evaluate_dpo.cell(values[name], evaluate_dpo.MEASURES[name][1]) for name in more)]
         for arm, values in metrics["arms"].items()
         if values["kind"] == "model" and "@" not in arm
     ]
     heads = [f"{label} ({unit})" if unit else label for label, unit in (evaluate_dpo.MEASURES[name] for name in more)]
     return {
-        "also": markdown(["arm", *heads], also),
+        "also": markdown(["arm", *heads], more_of_arms),
         "differing": markdown(["arms", "answers that differ, %"], [[names, f"{share:.1f}"] for names, share in found["differing answers"].items()]),
         "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
+        "longer": markdown(["SFT epochs", "DPO after it, %", "SFT of as many epochs in all, %", "DPO - SFT", "order-free"], longer),
         "cost": markdown(["part", "what", "runs", "minutes, summed over runs"], cost),
     }
 
@@ -550,7 +558,7 @@ def ablations_of(results: Path) -> dict:
         if study != "same" and "negatives" not in study:
             for stage in sorted({"sft", "dpo"} & set(own["arm"])):
                 found[study][f"{stage} - same"] = paired(own, stage, first, stage)
-    for study, control in (("sft_x1", "sft_x2"), ("sft_x2", "sft_x3")):  # DPO and SFT of as many epochs in all
+    for study, control in AS_LONG.items():
         if study in studies and control in studies:
             found[study]["dpo - longer sft"] = paired(studies[study], "dpo", studies[control], "sft")
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
+CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing")  # what a record is of
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
@@ -266,7 +267,6 @@ def main() -> None:
 
         build_shape(model, options.tokenizer or str(config.small_model_folder()))
     path = options.results / "gpu.json"
-    before = json.loads(path.read_text()) if path.exists() else []
     records = []
     for backend, trainer, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
         case = {
@@ -278,16 +278,24 @@ def main() -> None:
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
-        options.results.mkdir(parents=True, exist_ok=True)
-        measured = [case_key(record) for record in records]
-        found = records + [record for record in before if case_key(record) not in measured]
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (options.results / "gpu.md").write_text(as_table(found))
+        device = next((record["device"] for record in records if "device" in record), None)  # a case that failed does not know
+        for record in records:
+            record.setdefault("device", device)
+        (options.results / "gpu.md").write_text(as_table(save(path, records, CASE)))
 
 
-def case_key(record: dict) -> tuple:
-    """What a record is of: a new one takes the place of an earlier one."""
-    return tuple(record[name] for name in ("shape", "backend", "trainer", "micro_batch", "checkpointing"))
+def save(path: Path, records: list[dict], key: tuple[str, ...]) -> list[dict]:
+    """Write records, after those that the file holds of other cases; a case is what the fields of the key say. All of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def case(record: dict) -> tuple:
+        return tuple(record.get(name) for name in key)
+
+    measured = {case(record) for record in records}
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    found = [record for record in earlier if case(record) not in measured] + records
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def in_own_process(case: dict) -> dict:
@@ -302,7 +310,7 @@ def in_own_process(case: dict) -> dict:
 
 
 def as_table(records: list[dict]) -> str:
-    columns = ["backend", "trainer", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
+    columns = ["device", "backend", "trainer", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]

@@ -147,11 +147,7 @@ def write(found: dict[tuple, list[dict]], results: Path) -> None:
 
 def save(records: list[dict], results: Path) -> None:
     """speed.json, its table and its figure; records of this device and shape take the place of earlier ones."""
-    path = results / "speed.json"
-    here = {(record.get("device"), record.get("shape")) for record in records}
-    earlier = json.loads(path.read_text()) if path.exists() else []
-    records = [record for record in earlier if (record.get("device"), record.get("shape")) not in here] + records
-    path.write_text(json.dumps(records, indent=1) + "\n")
+    records = gpu.save(results / "speed.json", records, ("device", "shape"))
     columns = ["device", "shape", "trainer", "micro_batch", "pairs_per_second", "ratio_to_stock", "ratio_to_stock_with_reference_pass"]
     columns += ["peak_memory_gb", "share_of_floor"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
