@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -167,6 +168,27 @@ def test_a_study_with_a_run_that_fails_ends_and_says_so(tmp_path, monkeypatch, f
     thread.start()
     thread.join(20)
     assert not thread.is_alive() and ended
+
+
+def test_when_time_is_up_nothing_is_trained_and_what_is_there_is_scored(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(60))
+    work = tmp_path / "work"
+    (work / "ablations" / "dpo_ipo" / "x_final").mkdir(parents=True)
+    trial = {"run": "search/any", "rate": "1e-3", "epochs": 4}
+    (work / "search.json").write_text(json.dumps(dict.fromkeys(experiment.GRID, trial)))
+    started = []
+
+    def run(line, **how):
+        started.append(line)
+        return SimpleNamespace(returncode=0)
+
+    words = ["ablations", "--pairs", str(tmp_path / "pairs.jsonl"), "--work", str(work), "--minutes", "0"]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words])
+    monkeypatch.setattr(experiment.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="no time was left"):
+        experiment.main()
+    [scored] = started
+    assert Path(scored[1]).name == "evaluate_dpo.py" and scored[-1].startswith("dpo_ipo=")
 
 
 def test_what_waits_for_a_slot_goes_by_priority():

@@ -95,6 +95,7 @@ class Study:
         self.work = Path(options.work).absolute()
         self.work.mkdir(parents=True, exist_ok=True)
         self.failed: list[str] = []
+        self.end = time.monotonic() + 60 * options.minutes
         self.chosen = {arm: Future() for arm in GRID}  # what the search finds
         self.coming: dict[str, threading.Event] = {}  # runs of this call, set when they have ended
         self.training, self.scoring = (
@@ -113,6 +114,9 @@ class Study:
         output.parent.mkdir(parents=True, exist_ok=True)
         with slots.take(priority) as gpu, open(output, "w") as to:
             began, code = time.monotonic(), 0
+            if slots is self.training and began > self.end:
+                self.failed.append(f"{log}, for which no time was left")
+                return False
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
             environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work / "compiled" / log)  # runs side by side would mix theirs
             for _ in range(0 if self.options.dry_run else 2):  # runs that share a card can take memory from each other
@@ -704,6 +708,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=3, help="evaluations at a time")
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="collect: what each seed must have")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no training starts later; what is trained by then is scored")
     parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
