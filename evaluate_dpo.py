@@ -993,7 +993,7 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
     for arm in controls:
         more = metrics["comparisons"][f"dpo - {arm}"]
         also += (
-            f" From the SFT control {arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) it differs by {more['value']:+.1f} points "
+            f" From the SFT control {arm} ({arms[arm]['ranking_accuracy']['value']:.1f}%) DPO differs by {more['value']:+.1f} points "
             f"({more['low']:+.1f} to {more['high']:+.1f}), {meaning(more['verdict'], 'that one')}."
         )
     popularity = arms.get("popularity")

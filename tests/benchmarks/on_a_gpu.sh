@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What has to be measured on a GPU, one part after the other, on a machine that is paid by the minute.
+#
+#   bash tests/benchmarks/on_a_gpu.sh 28 speed scoring ablations     # within 28 minutes
+#
+# Parts, in the order in which they are given; what times something goes first, a study takes what is left:
+#   all, search, main, ablations   of experiment.py, several runs at a time (SLOTS, default 8), by NVIDIA's MPS where it is
+#   speed      DPO's trainers side by side on Llama 3 8B's shape within 24 GB      -> speed.json
+#   scoring    1,208 users, both orders and responses, one arm of that shape       -> evaluation_speed.json
+#   small      the trainers side by side on the small model                        -> speed.json
+#   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
+# WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
+set -u
+cd "$(dirname "$0")/../.." || exit
+minutes=$1 && shift
+began=$(date +%s)
+work=${WORK:-outputs/study} results=${RESULTS:-docs/results} pairs=${PAIRS:-data/contrastive_rec_train.jsonl}
+bench=tests/benchmarks shape=${SHAPE:-$HOME/llama-3-8b-shape}
+export PYTHONUNBUFFERED=1 TQDM_DISABLE=1
+mkdir -p "$work" "$results"
+
+left() { echo $((60 * minutes - ($(date +%s) - began))); }
+
+say() { echo "$(date +%T), $(left) s left: $*" | tee -a "$work/parts.log"; }
+
+study() { # experiment.py PART: no training starts in the last four minutes, so that what is trained is scored
+    [ -e "$work/search.json" ] || cp docs/results/search.json "$work/" 2>/dev/null
+    for kind in random popularity; do
+        [ -e "data/pairs_ml-100k_$kind.jsonl" ] || python3 data/build_pairs.py --source ml-100k --negatives $kind --output "data/pairs_ml-100k_$kind.jsonl"
+    done
+    export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+    nvidia-cuda-mps-control -d
+    timeout "$(left)" python3 $bench/experiment.py "$1" --work "$work" --pairs "$pairs" --slots "${SLOTS:-8}" \
+        --small_pairs data/pairs_ml-100k_random.jsonl data/pairs_ml-100k_popularity.jsonl --minutes $((($(left) - 240) / 60))
+    say "$1: exit code $?"
+    echo quit | nvidia-cuda-mps-control
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+}
+
+of_8b() { # a benchmark on Llama 3 8B's shape, with random weights that are made once
+    [ -e "$shape" ] || python3 -c "
+import sys; sys.path[:0] = ['$bench', '.']
+import pathlib, config, gpu
+gpu.build_shape(pathlib.Path('$shape'), str(config.small_model_folder()))"
+    timeout "$(left)" python3 "$@" --preset thesis --model "$shape" --shape "Llama-3-8B, random weights" --pairs "$pairs" --results "$results"
+}
+
+for part in "$@"; do
+    [ "$(left)" -gt 60 ] || { say "no time for $part"; continue; }
+    case $part in
+        all | search | main | ablations) study "$part" ;;
+        speed) of_8b $bench/training.py --memory_gb 24 --effective_batch 16 --turns 1 --timed 4 \
+            --cases '[["shared", 16, false], ["unsloth", 8, true], ["stock", 8, true]]' ;;
+        scoring) of_8b $bench/evaluation.py --modes tf32 bfloat16 ;;
+        small) timeout "$(left)" python3 $bench/training.py --preset thesis --model SmolLM2-135M-Instruct-Q4_1 --no_checkpointing \
+            --effective_batch 64 --cases '[["stock", 64], ["unsloth", 64], ["shared", 64]]' --pairs "$pairs" --results "$results" ;;
+        profile) timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
+            --profile "$results/profile.json" --effective_batch 16 --pairs "$pairs" --results "$results" ;;
+        *) say "there is no part $part" && exit 2 ;;
+    esac > "$work/$part.log" 2>&1
+    say "$part: exit code $?"
+done
