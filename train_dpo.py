@@ -428,7 +428,7 @@ def build_trainer(
     rounding = settings.beta if shared and config.training_dtype() != torch.float32 else 1e-3  # a nat, remembered in bfloat16
     health = training_health(stage, rounding)
     kind = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage]
-    trainer = (shared_prompt_trainer(config.backend_of(settings)) if shared else kind)(
+    trainer = (shared_prompt_trainer(in_one_row(settings)) if shared else kind)(
         model=model,
         args=trainer_arguments(stage, settings, batch_size),
         train_dataset=Dataset.from_list(rows),
@@ -444,6 +444,7 @@ def build_trainer(
     if not config.under_fsdp():  # which shards what has one dtype
         keep_adapter_in_float32(trainer.model)
     if shared:
+        check_isolation(trainer, settings.bits)
         remember_reference(trainer, settings, initial_adapter)
     return trainer
 
@@ -459,7 +460,15 @@ def shares_prompt(settings: TrainingSettings) -> bool:
     return settings.trainer != "stock" and not config.under_fsdp()  # whose sharded model serves only whole forward passes
 
 
-def shared_prompt_trainer(backend: str) -> type:
+def in_one_row(settings: TrainingSettings) -> bool:
+    """Does attention take all pairs as one row, told which of its parts see which? Unsloth's own models do.
+
+    A base in 8 bits it loads as transformers' model, which needs a mask.
+    """
+    return config.backend_of(settings) == "unsloth" and settings.bits != 8
+
+
+def shared_prompt_trainer(one_row: bool) -> type:
     """TRL's DPO trainer with the prompt of a pair computed once, not once for each response.
 
     Prompt, chosen and rejected response are one tree of tokens (data/trees.py), and logits are made only where a
@@ -476,7 +485,7 @@ def shared_prompt_trainer(backend: str) -> type:
             self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
             self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
             stock = self.data_collator
-            self.data_collator = lambda examples: tree_batch(examples, stock(examples), in_one_row=backend == "unsloth")
+            self.data_collator = lambda examples: tree_batch(examples, stock(examples), one_row)
 
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
@@ -484,7 +493,7 @@ def shared_prompt_trainer(backend: str) -> type:
                 model = self.accelerator.unwrap_model(model)
             causal = model.base_model.model if hasattr(model, "peft_config") else model
             with self.accelerator.autocast():
-                hidden = (flat_hidden_states if backend == "unsloth" else tree_hidden_states)(causal.base_model, model_kwargs)
+                hidden = (flat_hidden_states if one_row else tree_hidden_states)(causal.base_model, model_kwargs)
                 before = hidden.flatten(0, 1)[model_kwargs["tree_before"]]
                 head = causal.get_output_embeddings()
                 targets = model_kwargs["tree_targets"]
@@ -501,7 +510,7 @@ NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length
 ROW_MULTIPLE = 128  # what Unsloth's kernel pads to; and Triton compiles its kernels for few lengths
 
 
-def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one_row: bool) -> dict[str, Any]:
+def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_row: bool) -> dict[str, Any]:
     """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
 
     Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row,
@@ -512,9 +521,9 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    trees = [token_tree([example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")]) for example in examples]
+    trees = [tree_of(example) for example in examples]
     sizes = [len(tree.tokens) for tree in trees]
-    if in_one_row:
+    if one_row:
         starts = np.cumsum([0, *sizes[:-1]])
         padding = -sum(sizes) % ROW_MULTIPLE
         rows = {
@@ -529,7 +538,7 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one
     batch |= {name: torch.from_numpy(values) for name, values in rows.items()}
     batch["tree_before"] = pad_sequence(nodes, batch_first=True)[:, :-1][mask]
     batch["tree_targets"] = batch["input_ids"][:, 1:][mask]
-    if in_one_row:
+    if one_row:
         shared = [int(np.argmin(tree.ends == len(tree.tokens))) for tree in trees]  # the first node that not all descend from
         batch["tree_parts"] = [
             [first, int(tree.ends[first]) - first, size - int(tree.ends[first])]
@@ -537,6 +546,11 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_one
         ]
         batch["tree_parts"] += [[padding]] if padding else []
     return batch
+
+
+def tree_of(example: dict[str, Any]) -> Tree:
+    """A tokenized pair: its prompt with the chosen response, and with the rejected one."""
+    return token_tree([example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")])
 
 
 def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
@@ -561,6 +575,41 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
         prefix_seg_info=segments,
         use_cache=False,
     ).last_hidden_state
+
+
+def check_isolation(trainer: Any, bits: int) -> None:
+    """Raise UserError unless a response has the same log-probabilities whatever the responses beside it say.
+
+    Nothing else would show a model whose attention lets them see each other: policy and reference would be wrong alike,
+    and the first loss ln 2. So the words of one response are changed: what others change by is 0, or rounding, or close to
+    half of what that response's own log-probabilities change by. In 8 bits rounding is more, since the kernel chooses the
+    columns that it keeps in 16 bits by all rows of a batch.
+    """
+    import torch
+
+    rows = [trainer.train_dataset[index] for index in range(min(2, len(trainer.train_dataset)))]
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    chosen, rejected = (set(path.tolist()) for path in tree_of(rows[0]).paths)
+    branches = [sorted(chosen - rejected), sorted(rejected - chosen)]
+    earlier = int(branches[1] < branches[0])  # what stands later may see it
+    tokens = inputs["tree_tokens"].clone()
+    nodes = torch.tensor(branches[earlier], device=tokens.device)
+    tokens.view(-1)[nodes] = (tokens.view(-1)[nodes] + 1) % trainer.model.config.vocab_size
+    found = []
+    for given in (inputs["tree_tokens"], tokens):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)  # the same dropout
+            log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, inputs | {"tree_tokens": given}, inputs["input_ids"], inputs["completion_mask"]
+            )
+        found.append(log_probs)
+    changes = (found[0] - found[1]).abs().amax(dim=1).tolist()
+    own = changes.pop(earlier * len(rows))
+    if not max(changes) <= (0.2 if bits == 8 else 0.02) * own:
+        raise UserError(
+            f"dpo: in this model a response sees the responses beside it: its log-probabilities change by up to {max(changes):.3f} nats with them",
+            "Give --trainer stock.",
+        )
 
 
 def remember_reference(trainer: Any, settings: TrainingSettings, initial_adapter: Path | None) -> None:

@@ -107,6 +107,27 @@ def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
     assert mask[1, 5].nonzero()[0].tolist() == [5], "padding sees itself"
 
 
+def test_a_model_in_which_responses_see_each_other_is_not_trained(training_flags, monkeypatch):
+    """As one whose attention ignores what parts a row: it would train, with a first loss of ln 2, and learn something else."""
+
+    def causal(ends):
+        return torch.ones(ends.shape[0], 1, ends.shape[1], ends.shape[1], dtype=torch.bool).tril()
+
+    monkeypatch.setattr(train_dpo, "ancestor_mask", causal)
+    for seed in "12345":  # chosen or rejected may stand first
+        with pytest.raises(config.UserError, match="sees the responses beside it"):
+            train_dpo.main([*training_flags, "--stage", "dpo", "--init", "base", "--seed", seed])
+    train_dpo.main([*training_flags, "--stage", "dpo", "--init", "base", "--trainer", "stock"])
+
+
+def test_only_unsloths_own_models_are_given_all_pairs_in_one_row(monkeypatch):
+    """In 8 bits it loads transformers' model, which would take the row for one text."""
+    monkeypatch.setattr(config, "backend_of", lambda settings: "unsloth")
+    assert [train_dpo.in_one_row(config.TrainingSettings(bits=bits)) for bits in (4, 8, 16)] == [True, False, True]
+    monkeypatch.setattr(config, "backend_of", lambda settings: "hf")
+    assert not train_dpo.in_one_row(config.TrainingSettings())
+
+
 @pytest.mark.parametrize("in_one_row", [False, True])
 def test_each_response_token_is_predicted_at_the_node_before_it(in_one_row):
     examples = [

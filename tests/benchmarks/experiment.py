@@ -344,7 +344,7 @@ class Study:
             return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
 
         studies = {
-            "8bit": both("8bit", "--bits 8"),
+            "8bit": both("8bit", "--bits 8 --backend hf"),  # Unsloth loads 8 bits by another way, which was not tried
             "same": both("same"),
             **{f"sft_x{times}": after_sft(times) for times in (3, 2, 1)},
             "original_order": both("original_order", "--option_order original"),
