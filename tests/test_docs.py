@@ -381,6 +381,16 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     assert {trial["ranking_accuracy"] for trial in search["dpo_base"]["trials"]} == {50.0}
     for measure, more in (("ranking_accuracy", False), ("response_accuracy", True)):
         assert (found("dpo", "5e-4", 4)[measure] > found("dpo", "2e-4", 4)[measure]) == more
+    simulated = json.loads(read("docs/results/simulation.json"))
+    covered = [
+        record["coverage"] for spread in (0.5, 2) for record in simulated
+        if (record["seeds"], record["true_difference"], record["spread_of_seeds"]) == (3, 0, spread)
+    ]  # fmt: skip
+    assert "cover the truth in {:.0%} of simulated".format(covered[0]) in page and "in {:.0%} where by two".format(covered[1]) in page
+    rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz").query("history == 'own' and kind == 'model'")
+    runs = rows.assign(right=100.0 * (rows["decision_margin"] > 0)).groupby(["arm", "seed"])["right"].mean()
+    spread = runs.groupby("arm").std()
+    assert f"those of SFT differ by {spread['sft']:.1f}, of DPO by {spread['dpo']:.1f}" in page
     apart = ablations["differing answers"]
     for arm in ("sft", "dpo", "sft_long"):
         assert 0.4 < apart[f"{arm}, {arm} of another seed"] / apart["dpo, sft"] < 0.65
