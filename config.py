@@ -698,7 +698,7 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, init
 def adapted_layers(adapter: Path) -> set[str]:
     """Names of the layers that a LoRA adapter changes, such as q_proj, from its weights.
 
-    Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 or 16 bits.
+    Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 bits.
     """
     from safetensors import safe_open
 

@@ -388,9 +388,12 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     ]  # fmt: skip
     assert "cover the truth in {:.0%} of simulated".format(covered[0]) in page and "in {:.0%} where by two".format(covered[1]) in page
     rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz").query("history == 'own' and kind == 'model'")
-    runs = rows.assign(right=100.0 * (rows["decision_margin"] > 0)).groupby(["arm", "seed"])["right"].mean()
-    spread = runs.groupby("arm").std()
+    by_order = rows.assign(right=100.0 * (rows["decision_margin"] > 0)).groupby(["arm", "seed", "order"])["right"].mean().unstack()
+    spread = by_order.mean(axis=1).groupby("arm").std()
     assert f"those of SFT differ by {spread['sft']:.1f}, of DPO by {spread['dpo']:.1f}" in page
+    lean = (by_order["A"] - by_order["B"]).abs().loc[["sft", "dpo", "sft_long"]].max()
+    assert f"single runs by {lean:.0f} points at most" in page
+    assert float(search["sft_long"]["rate"]) == 2 * float(search["sft"]["rate"]), "at twice the learning rate"
     apart = ablations["differing answers"]
     for arm in ("sft", "dpo", "sft_long"):
         assert 0.4 < apart[f"{arm}, {arm} of another seed"] / apart["dpo, sft"] < 0.65

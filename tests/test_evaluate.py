@@ -249,6 +249,23 @@ def test_dpo_is_compared_with_longer_sft_too():
     assert not any("than sft_long" in caveat for caveat in metrics["caveats"])
 
 
+def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
+    level = np.random.default_rng(4).uniform(size=(400, 1))
+    order = np.random.default_rng(5).permutation(400)  # another film right for other users, so that the difference is uncertain
+    shares = {"sft": 0.6, "dpo": 0.7, "sft_long": 0.71, "popularity": 0.8, "co-occurrence": 0.72, "genre overlap": 0.5}
+    margins = {arm: np.repeat(np.where(level < share, 1.0, -1.0), 2, axis=1) for arm, share in shares.items()}
+    margins["co-occurrence"] = margins["co-occurrence"][order]
+    rows = predictions_of(**margins)
+    rows.loc[~rows["arm"].str.contains("sft|dpo"), "kind"] = "baseline"
+    told = evaluate_dpo.compute_metrics(rows, 300, 0)["caveats"]
+    for arm in ("dpo", "sft_long"):
+        [lost] = [caveat for caveat in told if caveat.startswith(arm) and "loses to" in caveat]
+        assert "taking the more popular film" in lost and "co-occurrence" not in lost
+        [open_] = [caveat for caveat in told if caveat.startswith(arm) and "not shown to be better than co-occurrence" in caveat]
+        assert "popular" not in open_
+    assert not any("genre overlap" in caveat for caveat in told)
+
+
 def test_differences_are_given_for_each_measure_that_is_compared():
     random = np.random.default_rng(2)
     sft, dpo = random.normal(size=(2, 300, 2))

@@ -37,7 +37,7 @@ def test_the_first_dpo_loss_is_ln_2(training_flags, init):
 
 
 def test_dpo_goes_on_from_an_adapter_whose_layers_are_given_as_a_pattern(tiny_model, tmp_path, monkeypatch):
-    """As Unsloth saves them of a base in 8 or 16 bits."""
+    """As Unsloth saves them of a base in 8 bits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

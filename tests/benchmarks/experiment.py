@@ -344,7 +344,7 @@ class Study:
             return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
 
         studies = {
-            "8bit": both("8bit", "--bits 8 --backend hf"),  # Unsloth loads 8 bits by another way, which was not tried
+            "8bit": both("8bit", "--bits 8 --backend hf"),  # Unsloth's DPO in 8 bits was not tried
             "same": both("same"),
             **{f"sft_x{times}": after_sft(times) for times in (3, 2, 1)},
             "original_order": both("original_order", "--option_order original"),
@@ -364,13 +364,14 @@ class Study:
         for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False):
             flags = f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}"
             of_small_pairs[f"negatives_{kind}"] = both(f"negatives_{kind}", flags, pairs)
-        for place, (name, runs) in enumerate({**studies, **of_small_pairs}.items()):
+        everything = studies | of_small_pairs
+        for place, (name, runs) in enumerate(everything.items()):
             self.announce(run.name for run in runs)
             for run in runs:  # a study's DPO before the next one's SFT, and what takes longest early
                 run.priority = 2 if name in ("8bit", "same") else 2 + len(SEEDS) + place
 
         def arms_of(*names: str) -> dict[str, str]:
-            return {run.name.removeprefix("ablations/"): run.name for name in names for run in {**studies, **of_small_pairs}[name]}
+            return {run.name.removeprefix("ablations/"): run.name for name in names for run in everything[name]}
 
         without = f"--strangers false {NO_ANSWERS}"
         again = {"sft": "ablations/sft_same", "dpo": "ablations/dpo_same", "sft_long": "ablations/sft_sft_x2"}
@@ -380,7 +381,7 @@ class Study:
         others = [name for name in studies if name not in ("same", "8bit", "16bit")]
         for first in range(0, len(others), 4):  # a few together: each call scores the base model once
             scores.append((f"group_{first // 4 + 1}", arms_of(*others[first : first + 4]), without, None, 1))
-        jobs = [(self.train_in_turn, (runs,)) for runs in [*studies.values(), *of_small_pairs.values()]]
+        jobs = [(self.train_in_turn, (runs,)) for runs in everything.values()]
         jobs += [(self.evaluate, (f"ablations/eval_{name}", *what)) for name, *what in scores]
         self.side_by_side(lambda job: job[0](*job[1]), jobs)
 
