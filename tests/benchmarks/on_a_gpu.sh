@@ -51,7 +51,7 @@ for part in "$@"; do
         all | search | main | ablations) study "$part" ;;
         speed) of_8b $bench/training.py --memory_gb 24 --effective_batch 16 --turns 1 --timed 4 \
             --cases '[["shared", 16, false], ["unsloth", 8, true], ["stock", 8, true]]' ;;
-        scoring) of_8b $bench/evaluation.py --modes tf32 bfloat16 ;;
+        scoring) of_8b $bench/evaluation.py --modes tf32 ;;
         small) timeout "$(left)" python3 $bench/training.py --preset thesis --model SmolLM2-135M-Instruct-Q4_1 --no_checkpointing \
             --effective_batch 64 --cases '[["stock", 64], ["unsloth", 64], ["shared", 64]]' --pairs "$pairs" --results "$results" ;;
         profile) timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
