@@ -118,6 +118,7 @@ class Study:
                 self.failed.append(f"{log}, for which no time was left")
                 return False
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+            environment["CUDA_MPS_CLIENT_PRIORITY"] = str(int(priority > 2))  # 0: what others wait for, and what lasts longest
             environment["UNSLOTH_COMPILE_LOCATION"] = str(self.work / "compiled" / log)  # runs side by side would mix theirs
             for _ in range(0 if self.options.dry_run else 2):  # runs that share a card can take memory from each other
                 code = subprocess.run(line, check=False, stdout=to, stderr=to, env=environment, cwd=ROOT).returncode
@@ -173,7 +174,7 @@ class Study:
         for name in names:
             self.coming.setdefault(name, threading.Event())
 
-    def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None, priority: int = 0) -> bool:
+    def evaluate(self, name: str, arms: dict[str, str], flags: str = "", pairs: str | None = None) -> bool:
         """Score arms, {arm: run}, into WORK/name/evaluation, once they are there; those whose training failed are left out."""
         for run in arms.values():
             if run in self.coming:
@@ -187,7 +188,7 @@ class Study:
             return False
         adapters = " ".join(f"'{arm}={folder}'" for arm, folder in there.items())
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
-        return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring, priority)
+        return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring)
 
     def side_by_side(self, function, jobs) -> None:
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
@@ -343,6 +344,9 @@ class Study:
             epochs = {stage: min(20, steps[stage] * 64 / count) for stage in ("sft", "dpo")}
             return f"--sft_epochs {epochs['sft']:.4g} --epochs {epochs['dpo']:.4g}"
 
+        def from_base(name: str, flags: str = "") -> list[Run]:
+            return [Run(f"ablations/dpo_{name}", "dpo", f"{self.schedule_of('dpo_base')} {flags}".strip())]
+
         studies = {
             "8bit": both("8bit", "--bits 8 --backend hf"),  # Unsloth's DPO in 8 bits was not tried
             "same": both("same"),
@@ -359,30 +363,36 @@ class Study:
                 "both_orders",
                 f"--option_order both --sft_epochs {chosen['sft']['epochs'] / 2:g} --epochs {chosen['dpo']['epochs'] / 2:g}",
             ),
+            "hf": both("hf", "--backend hf"),
+            "from_base": from_base("from_base"),
+            "from_base_hf": from_base("from_base_hf", "--backend hf"),
         }
         of_small_pairs = {}
         for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False):
             flags = f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}"
             of_small_pairs[f"negatives_{kind}"] = both(f"negatives_{kind}", flags, pairs)
-        everything = studies | of_small_pairs
+        everything = {name: runs for name, runs in (studies | of_small_pairs).items() if name in (self.options.studies or studies | of_small_pairs)}
         for place, (name, runs) in enumerate(everything.items()):
             self.announce(run.name for run in runs)
             for run in runs:  # a study's DPO before the next one's SFT, and what takes longest early
                 run.priority = 2 if name in ("8bit", "same") else 2 + len(SEEDS) + place
+                run.flags += " --eval_steps 100000"  # held-out loss at the end alone: the curves are the comparison's
 
         def arms_of(*names: str) -> dict[str, str]:
             return {run.name.removeprefix("ablations/"): run.name for name in names for run in everything[name]}
 
         without = f"--strangers false {NO_ANSWERS}"
         again = {"sft": "ablations/sft_same", "dpo": "ablations/dpo_same", "sft_long": "ablations/sft_sft_x2"}
-        scores = [("same", again, "--strangers false --second_bits 16 --generate_users 100", None, 2)]  # what lasts longest goes last
-        scores += [(f"{bits}bit", arms_of(f"{bits}bit"), f"{without} --bits {bits}", None, 1) for bits in (8, 16)]
-        scores += [(name, arms_of(name), f"--strangers true {NO_ANSWERS}", runs[0].pairs, 1) for name, runs in of_small_pairs.items()]
-        others = [name for name in studies if name not in ("same", "8bit", "16bit")]
+        scores = {"same": (again, "--strangers false --second_bits 16 --generate_users 100")}
+        scores |= {f"{bits}bit": (arms_of(f"{bits}bit"), f"{without} --bits {bits}") for bits in (8, 16) if f"{bits}bit" in everything}
+        for name in of_small_pairs.keys() & everything.keys():
+            scores[name] = arms_of(name), f"--strangers true {NO_ANSWERS}", everything[name][0].pairs
+        scores = {name: what for name, what in scores.items() if name in everything}
+        others = [name for name in studies if name in everything and name not in scores]
         for first in range(0, len(others), 4):  # a few together: each call scores the base model once
-            scores.append((f"group_{first // 4 + 1}", arms_of(*others[first : first + 4]), without, None, 1))
+            scores[f"group_of_{others[first]}"] = arms_of(*others[first : first + 4]), without
         jobs = [(self.train_in_turn, (runs,)) for runs in everything.values()]
-        jobs += [(self.evaluate, (f"ablations/eval_{name}", *what)) for name, *what in scores]
+        jobs += [(self.evaluate, (f"ablations/eval_{name}", *what)) for name, what in scores.items()]
         self.side_by_side(lambda job: job[0](*job[1]), jobs)
 
 
@@ -398,6 +408,7 @@ PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
     "LoRA rank": [("8", "rank_8"), ("16", "same"), ("64", "rank_64")],
     "loss": [("sigmoid", "same"), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
     "option order in training": [("balanced", "same"), ("both", "both_orders"), ("as in the file", "original_order")],
+    "backend": [("unsloth", "same"), ("hf", "hf"), ("unsloth, from base", "from_base"), ("hf, from base", "from_base_hf")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
 AS_LONG = {"sft_x1": "sft_x2", "sft_x2": "sft_x3"}  # DPO of the one and SFT of the other have as many epochs in all
@@ -708,6 +719,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=6, help="training runs at a time")
     parser.add_argument("--evaluations", type=int, default=3, help="evaluations at a time")
     parser.add_argument("--gpus", nargs="+", default=["0"])
+    parser.add_argument("--studies", nargs="+", default=[], metavar="NAME", help="ablations: these alone, such as 8bit or ipo")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="collect: what each seed must have")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no training starts later; what is trained by then is scored")
     parser.add_argument("--dry_run", action="store_true", help="write the commands alone")
