@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from benchmarks import experiment, gpu
@@ -132,6 +134,52 @@ def test_the_whole_study_starts_each_run_once_and_after_what_it_needs(study, tmp
     assert {f"main/{arm}_{seed}" for arm in experiment.ARMS for seed in experiment.SEEDS[:2]} <= set(trained)
     changed = {name.removeprefix("ablations/").partition("_")[2] for name in trained if name.startswith("ablations/")}
     assert changed == {name for points in experiment.PANELS.values() for _, name in points}
+
+
+def test_a_run_that_lasts_long_keeps_no_other_from_being_scored(tmp_path, monkeypatch):
+    others_scored, waited = threading.Event(), []
+
+    def command(self, script, flags, log, slots, priority=0):
+        if log == "ablations/sft_sft_x3":
+            waited.append(others_scored.wait(20))
+        if "/eval_" in log and "dpo_sft_x2=" in flags:
+            others_scored.set()
+        (tmp_path / "work" / log / ("evaluation" if "/eval_" in log else "x_final")).mkdir(parents=True)
+        return True
+
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(60))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "search.json").write_text(json.dumps(dict.fromkeys(experiment.GRID, {"run": "search/any", "rate": "1e-3", "epochs": 4})))
+    words = ["ablations", "--pairs", str(tmp_path / "pairs.jsonl"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words, "--studies", "sft_x3", "sft_x2", "sft_x1"])
+    monkeypatch.setattr(experiment.Study, "command", command)
+    experiment.main()
+    assert waited == [True]
+
+
+def test_what_was_not_run_again_stays_published(tmp_path):
+    def predictions(arm: str, margin: float) -> pd.DataFrame:
+        row = {"arm": arm, "kind": "model", "seed": "3407", "pair_id": "p", "order": "A", "decision_margin": margin, "history": "own"}
+        return pd.DataFrame([row])
+
+    def scored(arm: str, margin: float) -> None:
+        folder = tmp_path / "work" / "ablations" / f"eval_{arm}_first" / "evaluation"
+        folder.mkdir(parents=True)
+        predictions(arm, margin).to_csv(folder / "predictions.csv", index=False)
+        (folder / "run.json").write_text(json.dumps({"adapters": {arm: {"3407": "x"}}}))
+
+    results = tmp_path / "results"
+    (results / "runs").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    for name in ("search.json", "commands.sh"):
+        (tmp_path / "work" / name).write_text("{}")
+    for arms in (("dpo_ipo", "dpo_beta_0.2"), ("dpo_ipo",)):
+        for number, arm in enumerate(arms):
+            scored(arm, number + len(arms))
+        experiment.collect(tmp_path / "work", results, [])
+        shutil.rmtree(tmp_path / "work" / "ablations")
+    kept = pd.read_csv(results / "ablations.csv.gz")
+    assert dict(zip(kept["study"], kept["decision_margin"], strict=True)) == {"ipo": 1, "beta_0.2": 3}
 
 
 @pytest.mark.parametrize("fault", ["search/sft_", "main/sft_", "ablations/sft_same", "raise"])

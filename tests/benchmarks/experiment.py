@@ -190,6 +190,30 @@ class Study:
         where = f"--pairs {pairs or self.options.pairs} --outputs {self.work / name}"
         return self.command("evaluate_dpo.py", f"{self.options.model} {where} {flags} --adapters {adapters}", name, self.scoring)
 
+    def evaluate_as_they_come(self, arms: dict[str, str], flags: str) -> None:
+        """Score arms, {arm: run}, three to six a call (each scores the base model once), so that none waits for the slowest."""
+        waiting, lock = dict(arms), threading.Lock()
+        for path in (self.work / "ablations").glob("eval_*/evaluation/run.json"):
+            for arm in json.loads(path.read_text())["adapters"]:
+                waiting.pop(arm, None)
+
+        def take() -> dict[str, str]:
+            with lock:
+                ended = [arm for arm, run in waiting.items() if run not in self.coming or self.coming[run].is_set()]
+                if len(ended) < min(3, len(waiting)):
+                    return {}
+                found = {arm: waiting.pop(arm) for arm in ended[:6]}
+            return {arm: run for arm, run in found.items() if self.adapter(run).is_dir() or self.options.dry_run}
+
+        def score(_) -> None:
+            while waiting:
+                if part := take():
+                    self.evaluate(f"ablations/eval_{next(iter(part))}_first", part, flags)
+                else:
+                    time.sleep(0.2)
+
+        self.side_by_side(score, range(self.options.evaluations))
+
     def side_by_side(self, function, jobs) -> None:
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
             list(pool.map(function, jobs))
@@ -388,11 +412,10 @@ class Study:
         for name in of_small_pairs.keys() & everything.keys():
             scores[name] = arms_of(name), f"--strangers true {NO_ANSWERS}", everything[name][0].pairs
         scores = {name: what for name, what in scores.items() if name in everything}
-        others = [name for name in studies if name in everything and name not in scores]
-        for first in range(0, len(others), 4):  # a few together: each call scores the base model once
-            scores[f"group_of_{others[first]}"] = arms_of(*others[first : first + 4]), without
+        others = arms_of(*(name for name in studies if name in everything and name not in scores))
         jobs = [(self.train_in_turn, (runs,)) for runs in everything.values()]
         jobs += [(self.evaluate, (f"ablations/eval_{name}", *what)) for name, what in scores.items()]
+        jobs.append((self.evaluate_as_they_come, (others, without)))
         self.side_by_side(lambda job: job[0](*job[1]), jobs)
 
 
@@ -418,7 +441,7 @@ SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 def collect(work: Path, results: Path, arms: list[str]) -> None:
     """Copy what the runs wrote: predictions (ids and margins alone), run.json of each run, the search, the commands.
 
-    Where a part was not run in this work folder, what was published of it stays; what was run takes its place as a whole.
+    Where a part, or a study of the ablations, was not run in this work folder, what was published of it stays.
     """
     parts = [
         pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(work.glob("main/eval_*/evaluation/predictions.csv"))
@@ -440,14 +463,21 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
             parts.append(rows.assign(study=name))
     if parts:
         found = pd.concat(parts).drop_duplicates(["study", *key])
+        if (results / "ablations.csv.gz").exists():
+            earlier = pd.read_csv(results / "ablations.csv.gz", dtype=str, keep_default_na=False)
+            found = pd.concat([found, earlier[~earlier["study"].isin(found["study"])]])
         write_predictions(found, results / "ablations.csv.gz")
     answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
         config.write_text(results / "generation.json", without_machine(answers.read_text()))
     (results / "runs").mkdir(exist_ok=True)
     written = [*sorted(work.glob("*/*/*_final/run.json")), *sorted(work.glob("*/*/evaluation/run.json"))]
-    for part in {path.parts[-4] for path in written} - {"search"}:  # one work folder is one study; the search goes on from an earlier one
-        for old in (results / "runs").glob(f"{part}_*.run.json"):
+    if any(path.parts[-4] == "main" for path in written):  # the comparison is published as a whole
+        for old in (results / "runs").glob("main_*.run.json"):
+            old.unlink()
+    scored = {arm for path in work.glob("ablations/eval_*/evaluation/run.json") for arm in json.loads(path.read_text())["adapters"]}
+    for old in (results / "runs").glob("ablations_eval_*.run.json"):
+        if json.loads(old.read_text())["adapters"].keys() <= scored:
             old.unlink()
     for path in written:
         run = json.loads(without_machine(path.read_text()))
