@@ -342,6 +342,21 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     assert said.format(shared, unsloth, transformers, fastest["pairs_per_second"], first_epoch) in readme
 
 
+def test_the_speeds_of_the_results_are_those_that_were_measured():
+    page = " ".join(read("docs/results/README.md").split())
+    speed, scoring, two = (json.loads(read(f"docs/results/{name}.json")) for name in ("speed", "evaluation_speed", "two_gpus"))
+    rates = {record["trainer"]: record["pairs_per_second"] for record in speed if record["shape"].startswith("Llama-3-8B")}
+    said = "{:.1f} pairs a second shared (micro-batch 16), {:.1f} by Unsloth's stock trainer and {:.1f} by TRL's"
+    assert said.format(rates["shared"], rates["unsloth"], rates["stock"]) in page
+    [whole] = [record["seconds"] for record in scoring if record["users"] == 1208]
+    assert f"All 1,208 users are scored in {whole:.1f} s" in page and whole < 60
+    training, evaluation, sharded = (two[name] for name in ("training", "evaluation", "sharded"))
+    assert f"train it {training['speed_up']:.2f} times and score it {evaluation['speed_up']:.2f} times as fast as one" in page
+    assert training["largest_difference_of_a_loss"] == evaluation["largest_difference_of_a_response_margin"] == 0
+    assert sharded["loss"][0] == pytest.approx(0.693147, abs=1e-6) and len(sharded["loss"]) == 10 and max(sharded["loss"]) < 1
+    assert f"the stock trainer does that, at {sharded['pairs_per_second']:.1f} pairs a second" in page
+
+
 def test_what_is_said_of_the_study_is_what_its_files_hold():
     results = config.ROOT / "docs" / "results"
     metrics, ablations, search = (json.loads(read(f"docs/results/{name}.json")) for name in ("metrics", "ablations", "search"))

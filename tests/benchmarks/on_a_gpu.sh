@@ -4,8 +4,10 @@
 #   bash tests/benchmarks/on_a_gpu.sh 28 speed scoring ablations     # within 28 minutes
 #
 # Parts, in the order in which they are given; what times something goes first, a study takes what is left:
-#   all, search, main, ablations   of experiment.py, several runs at a time (SLOTS, default 8; GPUS, default 0; STUDIES, of
-#              the ablations), by NVIDIA's MPS where it is
+#   all, search, main, ablations   of experiment.py, several runs at a time (SLOTS, default 7, which fit an H100; GPUS, default 0;
+#              STUDIES, of the ablations), by NVIDIA's MPS where it is
+#   equality   one adapter of the ablations read by both backends                  -> equality.json
+#   memory     training for which a cap on memory is too small at first            -> memory.log in WORK
 #   speed      DPO's trainers side by side on Llama 3 8B's shape within 24 GB      -> speed.json
 #   scoring    1,208 users, both orders and responses, one arm of that shape       -> evaluation_speed.json
 #   small      the trainers side by side on the small model                        -> speed.json
@@ -32,7 +34,7 @@ study() { # experiment.py PART: no training starts in the last four minutes, so 
     done
     export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
     nvidia-cuda-mps-control -d
-    timeout "$(left)" python3 $bench/experiment.py "$1" --work "$work" --pairs "$pairs" --slots "${SLOTS:-8}" \
+    timeout "$(left)" python3 $bench/experiment.py "$1" --work "$work" --pairs "$pairs" --slots "${SLOTS:-7}" \
         --gpus ${GPUS:-0} ${STUDIES:+--studies $STUDIES} \
         --small_pairs data/pairs_ml-100k_random.jsonl data/pairs_ml-100k_popularity.jsonl --minutes $((($(left) - 240) / 60))
     say "$1: exit code $?"
@@ -57,6 +59,11 @@ for part in "$@"; do
         scoring) of_8b $bench/evaluation.py --modes tf32 ;;
         small) timeout "$(left)" python3 $bench/training.py --preset thesis --model SmolLM2-135M-Instruct-Q4_1 --no_checkpointing \
             --effective_batch 64 --cases '[["stock", 64], ["unsloth", 64], ["shared", 64]]' --pairs "$pairs" --results "$results" ;;
+        equality) timeout "$(left)" python3 $bench/equality.py --adapter "$work"/ablations/dpo_same/*_final --preset small --pairs "$pairs" \
+            --users 16 --results "$results" ;;
+        memory) timeout "$(left)" python3 train_dpo.py --preset thesis --base_model SmolLM2-135M-Instruct-Q4_1 --stage dpo --init base \
+            --pairs "$pairs" --outputs "$work/memory" --max_pairs 640 --max_steps 4 --effective_batch 64 --batch_size 64 \
+            --gradient_checkpointing false --gpu_memory_gb 3 ;;
         two) of_8b $bench/two_gpus.py ;;
         profile) timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
             --profile "$results/profile.json" --effective_batch 16 --pairs "$pairs" --results "$results" ;;
