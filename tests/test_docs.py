@@ -380,8 +380,25 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     genres = metrics["arms"]["genre overlap"]["accuracy_against_popularity"]
     assert f"more like the history's scores {genres['value']:.1f}%" in page and genres["low"] > 50
     changes = [ablations[f"rate_x{times}_sft"]["sft - same"] for times in ("0.32", "3.2")]
-    assert "better by {value:.1f} points ({low:.1f} to {high:+.1f})".format(**changes[1]) in page
+    assert "better by {value:.1f} points ({low:+.1f} to {high:+.1f})".format(**changes[1]) in page
     assert f"a third of it costs {-changes[0]['value']:.1f} points" in settings
+    bits = {count: ablations[f"{count}bit"] for count in (8, 16)}
+    changed = ["{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**bits[count]["dpo - same"]) for count in bits]
+    assert "it does in 4: {} and {} points".format(*changed) in page
+    assert "SFT gains {value:.1f} ({low:+.1f} to {high:+.1f}) in 16".format(**bits[16]["sft - same"]) in page
+    leads = [ablations[study]["dpo - sft"]["value"] for study in ("16bit", "same")]
+    assert "smaller there, {:+.1f} after {:+.1f} points".format(*leads) in page
+    most, gain = max(found["dpo - same"]["value"] for found in bits.values()), bits[16]["sft - same"]["value"]
+    assert f"DPO is within {most:.1f} points of what it is in 4, and SFT {gain:.1f} points better in 16" in settings
+    same = ablations["same"]["arms"]
+    kept = {arm: same[f"{arm}@16bit"]["precision_consistency"]["value"] for arm in ("sft", "dpo", "sft_long")}
+    assert "keep {sft:.1f}% and {dpo:.1f}% of their decisions".format(**kept) in page and f"Longer SFT keeps {kept['sft_long']:.1f}%" in page
+    assert "keep {sft:.1f}% (SFT) and {dpo:.1f}% (DPO) of their decisions".format(**kept) in settings
+    order_free = [same[arm]["order_free_accuracy"]["value"] - same[f"{arm}@16bit"]["order_free_accuracy"]["value"] for arm in ("sft", "dpo")]
+    assert f"order-free accuracy falls by {max(order_free):.1f} points at most" in page
+    responses = [arms_of["response_accuracy"]["value"] for arms_of in (ablations["from_base_hf"]["arms"]["dpo"], metrics["arms"]["dpo_base"])]
+    assert "has {:.1f}% of the whole responses right, and answers B; through Unsloth, in the comparison above, {:.1f}%".format(*responses) in page
+    assert abs(responses[0] - responses[1]) < 3
 
     def found(arm, rate, epochs):
         return next(trial for trial in search[arm]["trials"] if (trial["rate"], trial["epochs"]) == (rate, epochs))

@@ -173,13 +173,18 @@ def test_what_was_not_run_again_stays_published(tmp_path):
     (tmp_path / "work").mkdir()
     for name in ("search.json", "commands.sh"):
         (tmp_path / "work" / name).write_text("{}")
-    for arms in (("dpo_ipo", "dpo_beta_0.2"), ("dpo_ipo",)):
+    for commit, arms in (("first", ("dpo_ipo", "dpo_beta_0.2")), ("second", ("dpo_ipo",))):
         for number, arm in enumerate(arms):
             scored(arm, number + len(arms))
+        for arm in ("dpo_ipo", "dpo_beta_0.2"):  # in the second call one is trained and not scored
+            (tmp_path / "work" / "ablations" / arm / "x_final").mkdir(parents=True)
+            (tmp_path / "work" / "ablations" / arm / "x_final" / "run.json").write_text(json.dumps({"git_commit": commit}))
         experiment.collect(tmp_path / "work", results, [])
         shutil.rmtree(tmp_path / "work" / "ablations")
     kept = pd.read_csv(results / "ablations.csv.gz")
     assert dict(zip(kept["study"], kept["decision_margin"], strict=True)) == {"ipo": 1, "beta_0.2": 3}
+    commits = {arm: json.loads((results / "runs" / f"ablations_dpo_{arm}.run.json").read_text())["git_commit"] for arm in ("ipo", "beta_0.2")}
+    assert commits == {"ipo": "second", "beta_0.2": "first"}
 
 
 @pytest.mark.parametrize("fault", ["search/sft_", "main/sft_", "ablations/sft_same", "raise"])

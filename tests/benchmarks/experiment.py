@@ -431,7 +431,8 @@ PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
     "LoRA rank": [("8", "rank_8"), ("16", "same"), ("64", "rank_64")],
     "loss": [("sigmoid", "same"), ("ipo", "ipo"), ("apo_zero", "apo_zero")],
     "option order in training": [("balanced", "same"), ("both", "both_orders"), ("as in the file", "original_order")],
-    "backend": [("unsloth", "same"), ("hf", "hf"), ("unsloth, from base", "from_base"), ("hf, from base", "from_base_hf")],
+    "backend": [("unsloth", "same"), ("hf", "hf")],
+    "backend, DPO from the base": [("unsloth", "from_base"), ("hf", "from_base_hf")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
 AS_LONG = {"sft_x1": "sft_x2", "sft_x2": "sft_x3"}  # DPO of the one and SFT of the other have as many epochs in all
@@ -461,11 +462,13 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
             parts.append(rows.assign(study=rows["arm"].str.partition("_")[2]))
         else:
             parts.append(rows.assign(study=name))
+    kept: set[str] = set()
     if parts:
         found = pd.concat(parts).drop_duplicates(["study", *key])
         if (results / "ablations.csv.gz").exists():
             earlier = pd.read_csv(results / "ablations.csv.gz", dtype=str, keep_default_na=False)
-            found = pd.concat([found, earlier[~earlier["study"].isin(found["study"])]])
+            earlier = earlier[~earlier["study"].isin(found["study"])]
+            found, kept = pd.concat([found, earlier]), set(earlier["arm"])
         write_predictions(found, results / "ablations.csv.gz")
     answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
@@ -482,6 +485,8 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
     for path in written:
         run = json.loads(without_machine(path.read_text()))
         part, name = path.parts[-4:-2]
+        if part == "ablations" and name in kept:  # trained again and not scored: what is published is of the earlier run
+            continue
         if name.rpartition("_")[2] != str(SEEDS[0]):
             run["log_history"] = []  # of the other runs, what they cost is enough
         config.write_json(results / "runs" / f"{part}_{name}.run.json", run)
@@ -551,6 +556,20 @@ def tables(results: Path) -> dict[str, str]:
             cells = [evaluate_dpo.cell(found[name]["arms"][arm]["ranking_accuracy"], "%") for name, arm in ((study, "dpo"), (AS_LONG[study], "sft"))]
             also = [evaluate_dpo.interval_text(part) for part in (difference, difference["order_free_accuracy"])]
             longer.append([study.removeprefix("sft_"), *cells, *also])
+    same = found["same"]["arms"]
+    precise = [
+        [
+            *(arm, evaluate_dpo.cell(same[arm]["ranking_accuracy"], "%")),
+            *(evaluate_dpo.cell(same[f"{arm}@16bit"][name], "%") for name in ("ranking_accuracy", "order_free_accuracy", "position_bias")),
+            evaluate_dpo.cell(same[f"{arm}@16bit"]["precision_consistency"], "%"),
+        ]
+        for arm in same
+        if f"{arm}@16bit" in same
+    ]
+    generation = results / "generation.json"
+    answers = json.loads(generation.read_text()) if generation.exists() else {}
+    shares = ("parsed", "right", "repeat_consistency", "cites_own_genre", "cites_foreign_genre")
+    written = [[arm, values["answers"], *(f"{100 * values[name]:.1f}" for name in shares)] for arm, values in answers.items()]
     seconds: dict[tuple[str, str], list[float]] = {}
     for path in (results / "runs").glob("*.run.json"):
         run = json.loads(path.read_text())
@@ -572,6 +591,10 @@ def tables(results: Path) -> dict[str, str]:
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
         "longer": markdown(["SFT epochs", "DPO after it, %", "SFT of as many epochs in all, %", "DPO - SFT", "order-free"], longer),
+        "precision": markdown(
+            ["arm, trained in 4 bits", "ranking %, in 4", "ranking %, in 16", "order-free %, in 16", "position bias, in 16", "decisions that stay, %"], precise
+        ),
+        "answers": markdown(["arm", "answers", *(f"{name.replace('_', ' ')}, %" for name in shares)], written),
         "cost": markdown(["part", "what", "runs", "minutes, summed over runs"], cost),
     }
 
