@@ -350,6 +350,9 @@ def test_the_speeds_of_the_results_are_those_that_were_measured():
     assert said.format(rates["shared"], rates["unsloth"], rates["stock"]) in page
     [whole] = [record["seconds"] for record in scoring if record["users"] == 1208]
     assert f"All 1,208 users are scored in {whole:.1f} s" in page and whole < 60
+    curves = json.loads(read("docs/results/curves.json"))
+    assert curves["steps"] == len(curves["loss"]["stock"]) == 50 and curves["largest_difference"] < 1e-5
+    assert "differ between TRL's trainer and the shared one by no more than 0.00001" in page
     training, evaluation, sharded = (two[name] for name in ("training", "evaluation", "sharded"))
     assert f"train it {training['speed_up']:.2f} times and score it {evaluation['speed_up']:.2f} times as fast as one" in page
     assert training["largest_difference_of_a_loss"] == evaluation["largest_difference_of_a_response_margin"] == 0
