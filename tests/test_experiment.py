@@ -155,6 +155,9 @@ def test_a_run_that_lasts_long_keeps_no_other_from_being_scored(tmp_path, monkey
     monkeypatch.setattr(experiment.Study, "command", command)
     experiment.main()
     assert waited == [True]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words, "--studies", "sft_x4"])
+    with pytest.raises(SystemExit, match="there is no sft_x4; there are 8bit, same"):
+        experiment.main()
 
 
 def test_what_was_not_run_again_stays_published(tmp_path):

@@ -395,7 +395,10 @@ class Study:
         for kind, pairs in zip(("random", "matched"), self.options.small_pairs, strict=False):
             flags = f"--validation_pairs 0 {as_long(0.8 * len(load_pairs(pairs)))}"
             of_small_pairs[f"negatives_{kind}"] = both(f"negatives_{kind}", flags, pairs)
-        everything = {name: runs for name, runs in (studies | of_small_pairs).items() if name in (self.options.studies or studies | of_small_pairs)}
+        everything = studies | of_small_pairs
+        if unknown := set(self.options.studies) - everything.keys():
+            sys.exit(f"--studies: there is no {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
+        everything = {name: everything[name] for name in everything if not self.options.studies or name in self.options.studies}
         for place, (name, runs) in enumerate(everything.items()):
             self.announce(run.name for run in runs)
             for run in runs:  # a study's DPO before the next one's SFT, and what takes longest early
@@ -468,7 +471,7 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
         if (results / "ablations.csv.gz").exists():
             earlier = pd.read_csv(results / "ablations.csv.gz", dtype=str, keep_default_na=False)
             earlier = earlier[~earlier["study"].isin(found["study"])]
-            found, kept = pd.concat([found, earlier]), set(earlier["arm"])
+            found, kept = pd.concat([found, earlier]), set(earlier["arm"].mask(earlier["study"] == "same", earlier["arm"] + "_same"))
         write_predictions(found, results / "ablations.csv.gz")
     answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
