@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
-CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing")  # what a record is of
+CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "kernels")  # what a record is of
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
@@ -138,7 +138,7 @@ def profile(trainer: object, path: Path) -> None:
 def run_case(case: dict) -> dict:
     """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
     `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
-    `timed` steps, and how many times each prompt is repeated, `prompt_times`.
+    `timed` steps, how many times each prompt is repeated, `prompt_times`, and whose `kernels` hf takes, if not its own.
     """
     import config
 
@@ -150,6 +150,10 @@ def run_case(case: dict) -> dict:
     from data.pairs import preference_rows
 
     config.quiet_libraries()
+    if case.get("kernels") == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)  # norm, rotary embedding, activation
     rate = matrix_rate()
     warm_up, timed = case.get("warm_up", WARM_UP), case.get("timed", TIMED)
     if case["memory_gb"] and torch.cuda.is_available():
@@ -223,6 +227,7 @@ def run_case(case: dict) -> dict:
         "micro_batch": case["micro_batch"],
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
+        **({"kernels": case["kernels"]} if case.get("kernels") else {}),
         "pairs_per_second": round(pairs_per_second, 2),
         "pairs_timed": timed * case["effective_batch"],
         "seconds": round(seconds, 3),
@@ -251,6 +256,7 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--optim", help="another optimiser than the preset's, by its name in transformers")
+    parser.add_argument("--kernels", choices=["liger"], help="backend hf with these kernels (pip install liger-kernel)")
     parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -275,6 +281,7 @@ def main() -> None:
             **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch)},
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
             **{"profile": options.profile if not records else None, "optim": options.optim},
+            **({"kernels": options.kernels} if options.kernels else {}),
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
@@ -305,8 +312,8 @@ def in_own_process(case: dict) -> dict:
     if Path(case["out"]).exists():
         return json.loads(Path(case["out"]).read_text())
     reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
-    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing")
-    return {key: case[key] for key in kept} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
+    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels")
+    return {key: case[key] for key in kept if key in case} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
 
 
 def as_table(records: list[dict]) -> str:
@@ -314,6 +321,7 @@ def as_table(records: list[dict]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
+        cells[columns.index("backend")] += f", {record['kernels']}" if "kernels" in record else ""
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@
 #   scoring    1,208 users, both orders and responses, one arm of that shape       -> evaluation_speed.json
 #   small      the trainers side by side on the small model                        -> speed.json
 #   two        two GPUs against one, and a model that two share                    -> two_gpus.json
+#   liger      Liger's kernels in the hf backend, against transformers' (pip install liger-kernel)  -> gpu.json
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -42,11 +43,15 @@ study() { # experiment.py PART: no training starts in the last four minutes, so 
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
-of_8b() { # a benchmark on Llama 3 8B's shape, with random weights that are made once
+make_8b() { # Llama 3 8B's shape with random weights, made once
     [ -e "$shape" ] || python3 -c "
 import sys; sys.path[:0] = ['$bench', '.']
 import pathlib, config, gpu
 gpu.build_shape(pathlib.Path('$shape'), str(config.small_model_folder()))"
+}
+
+of_8b() { # a benchmark on that shape
+    make_8b
     timeout "$(left)" python3 "$@" --preset thesis --model "$shape" --shape "Llama-3-8B, random weights" --pairs "$pairs" --results "$results"
 }
 
@@ -65,8 +70,12 @@ for part in "$@"; do
             --pairs "$pairs" --outputs "$work/memory" --max_pairs 640 --max_steps 4 --effective_batch 64 --batch_size 64 \
             --gradient_checkpointing false --gpu_memory_gb 3 ;;
         two) of_8b $bench/two_gpus.py ;;
-        profile) timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
+        profile) make_8b && timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
             --profile "$results/profile.json" --effective_batch 16 --pairs "$pairs" --results "$results" ;;
+        liger) make_8b && for kernels in "" "--kernels liger"; do
+            timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["hf", "shared", 8, true], ["hf", "shared", 16, true]]' \
+                $kernels --effective_batch 16 --pairs "$pairs" --results "$results"
+        done ;;
         *) say "there is no part $part" && exit 2 ;;
     esac > "$work/$part.log" 2>&1
     say "$part: exit code $?"
