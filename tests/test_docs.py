@@ -352,6 +352,28 @@ def test_the_speeds_of_the_results_are_those_that_were_measured():
     assert "the shared one is within 3% of itself" in page and abs(rates["shared"] / best["pairs_per_second"] - 1) < 0.03
     [whole] = [record["seconds"] for record in scoring if record["users"] == 1208]
     assert f"All 1,208 users are scored in {whole:.1f} s" in page and whole < 60
+    small = {record["trainer"]: record for record in speed if (record["shape"], record["micro_batch"]) == ("SmolLM2-135M", 64)}
+    said = "does {:.1f} pairs a second, Unsloth's stock trainer {:.1f} and TRL's {:.1f}: {:.2f} times as many as TRL's, in two turns of {:.2f} and {:.2f}"
+    by_turn = [ours / stock for ours, stock in zip(small["shared"]["turns"], small["stock"]["turns"], strict=True)]
+    rates = [small[trainer]["pairs_per_second"] for trainer in ("shared", "unsloth", "stock")]
+    assert said.format(*rates, small["shared"]["ratio_to_stock"], *by_turn) in page
+    assert "from turn to turn, {:.1f} and {:.1f} pairs a second".format(*small["stock"]["turns"]) in page
+    records = [record for record in json.loads(read("docs/results/gpu.json")) if record["micro_batch"] == 16 and record["checkpointing"] is True]
+    rates = {(record["backend"], record.get("kernels")): record["pairs_per_second"] for record in records}
+    said = "from {:.1f} to {:.1f} pairs a second at micro-batch 16 with checkpointing, measured one after the other; Unsloth's reach {:.1f}"
+    assert said.format(rates["hf", None], rates["hf", "liger"], rates["unsloth", None]) in page
+    differences = json.loads(read("docs/results/equality.json"))
+
+    def of(name, kind):
+        return [value for record in differences for key, value in record.items() if name in key and key.endswith(kind)]
+
+    assert max(of("backends", "float32")) < 0.0003 and max(of("shared_prompt", "nats_float32")) < 0.0002
+    rounding = of("backends", "bfloat16") + of("shared_prompt", "bfloat16")
+    assert f"by {min(rounding):.1f} to {max(rounding):.1f} nats a response" in page
+    assert "itself off its float32 by {:.1f} to {:.1f}".format(*sorted(of("hf_bfloat16_float32", "nats"))) in page
+    runs = {name: json.loads(read(f"docs/results/runs/ablations_dpo_{name}.run.json"))["first_loss"] for name in ("same", "from_base", "hf", "from_base_hf")}
+    assert "{same:.4f} from SFT and {from_base:.4f} from the base model".format(**runs) in page
+    assert runs["hf"] == pytest.approx(0.693147, abs=1e-6) and runs["from_base_hf"] == pytest.approx(0.693147, abs=1e-6)
     curves = json.loads(read("docs/results/curves.json"))
     assert curves["steps"] == len(curves["loss"]["stock"]) == 50 and curves["largest_difference"] < 1e-5
     assert "differ between TRL's trainer and the shared one by no more than 0.00001" in page
@@ -384,17 +406,6 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     assert said.format(needless, arms["dpo"] - 50, needless - 50) in page
     genres = metrics["arms"]["genre overlap"]["accuracy_against_popularity"]
     assert f"more like the history's scores {genres['value']:.1f}%" in page and genres["low"] > 50
-    changes = [ablations[f"rate_x{times}_sft"]["sft - same"] for times in ("0.32", "3.2")]
-    assert "better by {value:.1f} points ({low:+.1f} to {high:+.1f})".format(**changes[1]) in page
-    assert f"a third of it costs {-changes[0]['value']:.1f} points" in settings
-    bits = {count: ablations[f"{count}bit"] for count in (8, 16)}
-    changed = ["{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**bits[count]["dpo - same"]) for count in bits]
-    assert "it does in 4: {} and {} points".format(*changed) in page
-    assert "SFT gains {value:.1f} ({low:+.1f} to {high:+.1f}) in 16".format(**bits[16]["sft - same"]) in page
-    leads = [ablations[study]["dpo - sft"]["value"] for study in ("16bit", "same")]
-    assert "smaller there, {:+.1f} after {:+.1f} points".format(*leads) in page
-    most, gain = max(found["dpo - same"]["value"] for found in bits.values()), bits[16]["sft - same"]["value"]
-    assert f"DPO is within {most:.1f} points of what it is in 4, and SFT {gain:.1f} points better in 16" in settings
     same = ablations["same"]["arms"]
     kept = {arm: same[f"{arm}@16bit"]["precision_consistency"]["value"] for arm in ("sft", "dpo", "sft_long")}
     assert "keep {sft:.1f}% and {dpo:.1f}% of their decisions".format(**kept) in page and f"Longer SFT keeps {kept['sft_long']:.1f}%" in page
@@ -403,9 +414,6 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     assert "SFT departs from its own majority in more than a fifth" in page and answers["sft"] < 0.8 and answers["dpo"] > 0.98
     order_free = [same[arm]["order_free_accuracy"]["value"] - same[f"{arm}@16bit"]["order_free_accuracy"]["value"] for arm in ("sft", "dpo")]
     assert f"order-free accuracy falls by {max(order_free):.1f} points at most" in page
-    responses = [arms_of["response_accuracy"]["value"] for arms_of in (ablations["from_base_hf"]["arms"]["dpo"], metrics["arms"]["dpo_base"])]
-    assert "has {:.1f}% of the whole responses right, and answers B; through Unsloth, in the comparison above, {:.1f}%".format(*responses) in page
-    assert abs(responses[0] - responses[1]) < 3
 
     def found(arm, rate, epochs):
         return next(trial for trial in search[arm]["trials"] if (trial["rate"], trial["epochs"]) == (rate, epochs))
@@ -443,8 +451,88 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     values = [changed["usual protocol"][arm]["always A is right"] for arm in ("dpo", "sft")]
     assert "its adapters had {:.1f}% and {:.1f}%".format(*values) in page
     assert f"SFT had reached {changed['1024_pairs']['arms']['sft']['ranking_accuracy']['value']:.1f}%" in page
-    leads = [changed[study]["dpo - sft"]["value"] for study in ("128_pairs", "1024_pairs", "")]
-    assert "{:+.1f}, {:+.1f} and {:+.1f} points".format(*leads).replace("-", "−") in settings
+
+
+def test_what_is_said_of_the_ablations_is_what_their_file_holds():
+    ablations = json.loads(read("docs/results/ablations.json"))
+    readme, page, settings = (" ".join(read(name).replace("\n> ", " ").split()) for name in ("README.md", "docs/results/README.md", "docs/hyperparameters.md"))
+
+    def change(study, stage):
+        return ablations[study][f"{stage} - same"]
+
+    def with_interval(found, form="{value:+.1f} ({low:+.1f} to {high:+.1f})"):
+        return form.format(**found).replace("-", "−")
+
+    def undecided(found):
+        return found["low"] < 0 < found["high"]
+
+    def signed(*values):
+        return [f"{value:+.1f}".replace("-", "−") for value in values]
+
+    def value(study, arm, measure="ranking_accuracy"):
+        return ablations[study]["arms"][arm][measure]["value"]
+
+    leads = {study: found["dpo - sft"] for study, found in ablations.items() if "dpo - sft" in found}
+    by_epochs = [leads[f"sft_x{times}"] for times in (1, 2, 3)]
+    assert undecided(by_epochs[1]) and undecided(by_epochs[2])
+    assert "added](#ablations) {} and {} points".format(*map(with_interval, by_epochs[1:])) in page
+    assert "adds nothing that is shown ({value:+.1f} points, {low:+.1f} to {high:+.1f}, one run)".format(**by_epochs[1]).replace("-", "−") in readme
+    after = signed(*(lead["value"] for lead in by_epochs))
+    assert "is {} points after four epochs, {} after eight and {} after twelve".format(*after) in page
+    assert "DPO from there adds {}, {} and {}".format(*after) in settings
+    assert "ranks {:.1f}, {:.1f} and {:.1f}% right after four".format(*(value(f"sft_x{times}", "sft") for times in (1, 2, 3))) in settings
+    assert undecided(change("sft_x1", "sft")), "in four epochs 2e-3 gains nothing that is shown"
+    longer = {study: ablations[study]["dpo - longer sft"] for study in experiment.AS_LONG}
+    level = [study for study, found in longer.items() if found["high"] > 0]
+    assert len(longer) == 10 and level == ["rate_x3.2"] and undecided(longer["rate_x3.2"])
+    assert f"nine of ten rank worse, and one, DPO at 3.2 times its rate, is level: {with_interval(longer['rate_x3.2'])}" in page
+    betas = [change(f"beta_{beta}", "dpo") for beta in ("0.05", "0.2", "0.5")]
+    assert all(map(undecided, betas)) and max(abs(found["value"]) for found in betas) == -betas[2]["value"]
+    assert f"From 0.05 to 0.5 DPO changes by no more than {-betas[2]['value']:.1f}" in settings
+    less, more = (change(f"rate_x{times}", "dpo") for times in ("0.32", "3.2"))
+    gain = with_interval(more, "{value:.1f} points ({low:+.1f} to {high:+.1f})")
+    assert f"DPO is better by {gain}, at a third of it worse by {-less['value']:.1f}" in page
+    fewer, higher = (change(f"rate_x{times}_sft", "sft") for times in ("0.32", "3.2"))
+    assert "is better by {value:.1f} points ({low:+.1f} to {high:+.1f}): here, too".format(**higher) in page
+    assert f"a third of it costs {-fewer['value']:.1f} points, 3.2 times it gains {higher['value']:.1f}." in settings
+    assert f"DPO at 3.2 times 2e-4 gains {more['value']:.1f}, at a third it loses {-less['value']:.1f}" in settings
+    bits = [change(f"{count}bit", "dpo") for count in (8, 16)]
+    assert all(map(undecided, bits)) and "it does in 4: {} and {} points".format(*map(with_interval, bits)) in page
+    assert f"SFT gains {with_interval(change('16bit', 'sft'), '{value:.1f} ({low:+.1f} to {high:+.1f})')} in 16" in page
+    assert "smaller there, {} after {} points".format(*signed(leads["16bit"]["value"], leads["same"]["value"])) in page
+    most, gain = max(found["value"] for found in bits), change("16bit", "sft")["value"]
+    assert f"DPO is within {most:.1f} points of what it is in 4, and SFT {gain:.1f} points better in 16" in settings
+    few = leads["1024_pairs"]
+    assert undecided(few) and undecided(change("1024_pairs", "sft")) and f"over it there is {with_interval(few)}" in page
+    assert f"what it has from all ({with_interval(change('1024_pairs', 'sft'), '{value:+.1f}, {low:+.1f} to {high:+.1f}')})" in page
+    assert "DPO's lead over SFT is {}, {} and {}.".format(*signed(*(leads[name]["value"] for name in ("128_pairs", "1024_pairs", "same")))) in settings
+    assert max(value("128_pairs", arm) for arm in ("sft", "dpo")) < 53
+    changes = [[change(f"rank_{rank}", stage)["value"] for stage in ("sft", "dpo")] for rank in (64, 8)]
+    assert "at 64, SFT by {:.1f} points and DPO by {:.1f}".format(*changes[0]) in page
+    assert "64 gains {:.1f} (SFT) and {:.1f} (DPO), 8 loses {:.1f} and {:.1f}".format(*changes[0], *(-found for found in changes[1])) in settings
+    losses = [-change(loss, "dpo")["value"] for loss in ("ipo", "apo_zero")]
+    leans = [-value(loss, "dpo", "position_bias") for loss in ("ipo", "apo_zero")]
+    assert "by {:.1f} and {:.1f} points, and lean to B by {:.0f} and {:.0f}".format(*losses, *leans) in page
+    assert "`ipo` loses {:.1f} and `apo_zero` {:.1f}".format(*losses) in settings
+    both = [change("both_orders", stage) for stage in ("sft", "dpo")]
+    assert all(map(undecided, both)) and "({} and {} points, intervals hold 0)".format(*signed(*(found["value"] for found in both))) in page
+    for arm in ("sft", "dpo"):
+        assert ablations["usual protocol"][f"{arm}_original_order"] == {"always A is right": 100.0, "both orders": 50.0}
+    backends = [change("hf", stage) for stage in ("sft", "dpo")]
+    assert all(map(undecided, backends)) and "as through Unsloth: {} and {};".format(*map(with_interval, backends)) in page
+    assert "what Unsloth trains: {} (SFT) and {} (DPO)".format(*signed(*(found["value"] for found in backends))) in settings
+    responses = [value(study, "dpo", "response_accuracy") for study in ("hf", "same", "from_base_hf", "from_base")]
+    assert "DPO has {:.1f}% and {:.1f}% right, and from the base model {:.1f}% and {:.1f}%".format(*responses) in page
+    assert abs(responses[0] - responses[1]) < 3 and abs(responses[2] - responses[3]) < 3
+    assert {value(study, "dpo") for study in ("from_base", "from_base_hf")} == {50.0}
+    assert undecided(leads["negatives_random"]) and undecided(leads["negatives_matched"])
+    random, matched = ([value(f"negatives_{kind}", arm) for arm in ("sft", "dpo")] for kind in ("random", "matched"))
+    told = [ablations["negatives_matched"]["arms"][arm]["ranking_accuracy"] for arm in ("sft", "dpo")]
+    assert all(found["low"] < 50 < found["high"] for found in told) and f"({value('negatives_random', 'popularity'):.1f}%) beats both" in page
+    assert "(SFT {:.1f}%, DPO {:.1f}%), where co-occurrence has {:.1f}%".format(*matched, value("negatives_matched", "co-occurrence")) in page
+    assert "SFT has {:.1f}% and DPO {:.1f}%; against films as popular as the preferred one both are at chance, {:.1f}% and {:.1f}%".format(*random, *matched) in settings
+    unchanged = [value("same", arm) for arm in ("sft", "dpo")]
+    assert "beside {:.1f}% of SFT and {:.1f}% of DPO unchanged".format(*unchanged) in settings
 
 
 def test_the_tables_of_the_study_are_those_of_its_files():

@@ -174,20 +174,24 @@ def test_what_was_not_run_again_stays_published(tmp_path):
     results = tmp_path / "results"
     (results / "runs").mkdir(parents=True)
     (tmp_path / "work").mkdir()
-    for name in ("search.json", "commands.sh"):
-        (tmp_path / "work" / name).write_text("{}")
+    (tmp_path / "work" / "search.json").write_text("{}")
     for commit, arms in (("first", ("dpo_ipo", "dpo_beta_0.2")), ("second", ("dpo_ipo",))):
         for number, arm in enumerate(arms):
             scored(arm, number + len(arms))
         for arm in ("dpo_ipo", "dpo_beta_0.2"):  # in the second call one is trained and not scored
             (tmp_path / "work" / "ablations" / arm / "x_final").mkdir(parents=True)
             (tmp_path / "work" / "ablations" / arm / "x_final" / "run.json").write_text(json.dumps({"git_commit": commit}))
+        names = [f"eval_{arms[0]}_first", "eval_of_an_earlier_call"]
+        commands = [f"python evaluate_dpo.py --outputs /any/outputs/study/ablations/{name} {commit}\n" for name in names]
+        (tmp_path / "work" / "commands.sh").write_text("".join(commands))
         experiment.collect(tmp_path / "work", results, [])
         shutil.rmtree(tmp_path / "work" / "ablations")
     kept = pd.read_csv(results / "ablations.csv.gz")
     assert dict(zip(kept["study"], kept["decision_margin"], strict=True)) == {"ipo": 1, "beta_0.2": 3}
     commits = {arm: json.loads((results / "runs" / f"ablations_dpo_{arm}.run.json").read_text())["git_commit"] for arm in ("ipo", "beta_0.2")}
     assert commits == {"ipo": "second", "beta_0.2": "first"}
+    commands = (results / "commands.sh").read_text()
+    assert commands == "python evaluate_dpo.py --outputs outputs/study/ablations/eval_dpo_ipo_first second\n", "of each run its last command"
 
 
 @pytest.mark.parametrize("fault", ["search/sft_", "main/sft_", "ablations/sft_same", "raise"])

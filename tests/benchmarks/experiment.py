@@ -438,7 +438,10 @@ PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
     "backend, DPO from the base": [("unsloth", "from_base"), ("hf", "from_base_hf")],
     "negatives, MovieLens-100K": [("random", "negatives_random"), ("by popularity", "negatives_matched")],
 }
-AS_LONG = {"sft_x1": "sft_x2", "sft_x2": "sft_x3"}  # DPO of the one and SFT of the other have as many epochs in all
+AS_LONG = {  # DPO of the one and SFT of the other have as many epochs in all
+    **dict.fromkeys(("sft_x1", "same", "rate_x0.32", "rate_x3.2", "beta_0.05", "beta_0.2", "beta_0.5", "ipo", "apo_zero"), "sft_x2"),
+    "sft_x2": "sft_x3",
+}
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
 
@@ -497,7 +500,13 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
     earlier = results / "commands.sh"  # a study may be run in parts, on several machines
     lines = (earlier.read_text() if earlier.exists() else "").splitlines()
     lines += without_machine((work / "commands.sh").read_text()).splitlines()
-    config.write_text(earlier, "\n".join(dict.fromkeys(lines)) + "\n")
+    published = {}  # by run, the last command of it
+    for line in lines:
+        if named := re.search(r"--outputs outputs/study/(\w+)/(\S+)", line):
+            run = f"{named[1]}_{named[2]}.run.json"
+            if (results / "runs" / run).exists():
+                published[run] = line
+    config.write_text(earlier, "\n".join(published.values()) + "\n")
 
 
 def without_machine(text: str) -> str:
@@ -558,7 +567,8 @@ def tables(results: Path) -> dict[str, str]:
         if difference := found.get(study, {}).get("dpo - longer sft"):
             cells = [evaluate_dpo.cell(found[name]["arms"][arm]["ranking_accuracy"], "%") for name, arm in ((study, "dpo"), (AS_LONG[study], "sft"))]
             also = [evaluate_dpo.interval_text(part) for part in (difference, difference["order_free_accuracy"])]
-            longer.append([study.removeprefix("sft_"), *cells, *also])
+            labels = [f"{title}: {label}" for title, points in PANELS.items() for label, of in points if of == study]
+            longer.append(["nothing" if study == "same" else labels[0], *cells, *also])
     same = found["same"]["arms"]
     precise = [
         [
@@ -593,7 +603,7 @@ def tables(results: Path) -> dict[str, str]:
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
-        "longer": markdown(["SFT epochs", "DPO after it, %", "SFT of as many epochs in all, %", "DPO - SFT", "order-free"], longer),
+        "longer": markdown(["changed", "SFT, then DPO: ranking %", "SFT of as many epochs in all: ranking %", "DPO - SFT", "order-free"], longer),
         "precision": markdown(
             ["arm, trained in 4 bits", "ranking %, in 4", "ranking %, in 16", "order-free %, in 16", "position bias, in 16", "decisions that stay, %"], precise
         ),
