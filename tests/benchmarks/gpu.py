@@ -5,7 +5,7 @@
 
 Builds a model with Llama 3 8B's shape and random weights in NF4 (for speed and memory, random weights are as good as
 any), trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
-Pairs a second are over the steps after three of warm-up. The share of the matrix rate counts what a trainer has to
+Pairs a second are over the steps after those of warm-up. The share of the matrix rate counts what a trainer has to
 compute (stock: 6 FLOP a weight and token, 2 forward and 2 back through the frozen policy and 2 forward through the
 reference; shared: 4, and a pair's prompt once; recomputation is not counted) against the rate that bf16 matrix products
 of 8192 x 8192 reach on the same card.
@@ -204,6 +204,9 @@ def run_case(case: dict) -> dict:
         known.unlink()  # so that the pass is measured
     trainer = train_dpo.build_trainer("dpo", settings, rows, [], None, case["micro_batch"])
     trainer.add_callback(Clock())
+    if case.get("kernels") == "compiled":
+        for layer in trainer.model.base_model.model.model.layers:  # one graph a length of rows, which all layers share
+            layer.compile(dynamic=False)
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -256,7 +259,8 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--optim", help="another optimiser than the preset's, by its name in transformers")
-    parser.add_argument("--kernels", choices=["liger"], help="backend hf with these kernels (pip install liger-kernel)")
+    parser.add_argument("--kernels", choices=["liger", "compiled"], help="backend hf with Liger's (pip install liger-kernel), or torch.compile's")
+    parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
     parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -282,6 +286,7 @@ def main() -> None:
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
             **{"profile": options.profile if not records else None, "optim": options.optim},
             **({"kernels": options.kernels} if options.kernels else {}),
+            "warm_up": options.warm_up,
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)

@@ -13,6 +13,8 @@
 #   small      the trainers side by side on the small model                        -> speed.json
 #   two        two GPUs against one, and a model that two share                    -> two_gpus.json
 #   liger      Liger's kernels in the hf backend, against transformers' (pip install liger-kernel)  -> gpu.json
+#   compiled   the small model in the hf backend, plain and with each layer through torch.compile, and Unsloth's profile
+#              -> gpu.json, profile_small.json
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -55,6 +57,11 @@ of_8b() { # a benchmark on that shape
     timeout "$(left)" python3 "$@" --preset thesis --model "$shape" --shape "Llama-3-8B, random weights" --pairs "$pairs" --results "$results"
 }
 
+one_small() { # gpu.py on the small model, one backend, not held to 24 GB
+    timeout "$(left)" python3 $bench/gpu.py --model SmolLM2-135M-Instruct-Q4_1 --shape SmolLM2-135M --memory_gb 0 --effective_batch 64 \
+        --cases "[[\"$1\", \"shared\", 64, false]]" "${@:2}" --pairs "$pairs" --results "$results"
+}
+
 for part in "$@"; do
     [ "$(left)" -gt 60 ] || { say "no time for $part"; continue; }
     case $part in
@@ -76,6 +83,11 @@ for part in "$@"; do
             timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["hf", "shared", 8, true], ["hf", "shared", 16, true]]' \
                 $kernels --effective_batch 16 --pairs "$pairs" --results "$results"
         done ;;
+        compiled)
+            one_small unsloth --profile "$results/profile_small.json"
+            one_small hf
+            one_small hf --kernels compiled --warm_up 8
+            ;;
         *) say "there is no part $part" && exit 2 ;;
     esac > "$work/$part.log" 2>&1
     say "$part: exit code $?"
