@@ -441,6 +441,7 @@ PANELS = {  # title: [(label, study of the ablations; "same" changes nothing)]
 AS_LONG = {  # DPO of the one and SFT of the other have as many epochs in all
     **dict.fromkeys(("sft_x1", "same", "rate_x0.32", "rate_x3.2", "beta_0.05", "beta_0.2", "beta_0.5", "ipo", "apo_zero"), "sft_x2"),
     "sft_x2": "sft_x3",
+    "rank_64": "sft_x2",  # whose rank is 16
 }
 SHOWN = ("accuracy", "margins", "seeds")  # of evaluate_dpo.py's figures
 
@@ -562,6 +563,15 @@ def tables(results: Path) -> dict[str, str]:
             cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
             changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
             ablated.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in (*changes, difference))])
+    beneath = []
+    for title, points in panels_of(found).items():
+        for label, study in points:
+            arms, difference = found[study]["arms"], found[study]["dpo - sft"]
+            cells = [evaluate_dpo.cell(arms[arm][name], unit) if arm in arms else ""
+                     for name, unit in (("order_free_accuracy", "%"), ("position_bias", "points")) for arm in ("sft", "dpo")]  # fmt: skip
+            changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
+            free = [change and change["order_free_accuracy"] for change in (*changes, difference)]
+            beneath.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in free)])
     longer = []
     for study in AS_LONG:
         if difference := found.get(study, {}).get("dpo - longer sft"):
@@ -603,6 +613,9 @@ def tables(results: Path) -> dict[str, str]:
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
+        "beneath": markdown(
+            ["what", "value", "SFT order-free %", "DPO order-free %", "SFT position bias", "DPO position bias", "SFT, change", "DPO, change", "DPO - SFT"], beneath
+        ),
         "longer": markdown(["changed", "SFT, then DPO: ranking %", "SFT of as many epochs in all: ranking %", "DPO - SFT", "order-free"], longer),
         "precision": markdown(
             ["arm, trained in 4 bits", "ranking %, in 4", "ranking %, in 16", "order-free %, in 16", "position bias, in 16", "decisions that stay, %"], precise
@@ -653,6 +666,14 @@ def ablations_of(results: Path) -> dict:
         for arm, row in table.iterrows()
     }
     found["differing answers"] = differing_answers(main_rows)
+    own = main_rows[(main_rows["history"] == "own") & main_rows["arm"].isin(("sft", "dpo", "sft_long"))]
+    for name, more in (("more", "true"), ("less", "false")):
+        part = evaluate_dpo.compute_metrics(own[own["preferred_more_popular"] == more], 10_000, SEEDS[0])
+        about = {"users": part["users"], **{pair: part["comparisons"][pair] for pair in ("dpo - sft", "dpo - sft_long")}}
+        found.setdefault("where the preferred film is", {})[f"{name} popular"] = about
+    found["change of DPO's lead"] = {
+        f"{bits} bits, less 4": change_of_lead(studies[f"{bits}bit"], first) for bits in (8, 16) if f"{bits}bit" in studies
+    }
     return found
 
 
@@ -680,6 +701,18 @@ def paired(rows: pd.DataFrame, arm: str, others: pd.DataFrame, other: str) -> di
     both = [rows[rows["arm"] == arm].assign(arm="dpo"), others[others["arm"] == other].assign(arm="sft")]
     found = evaluate_dpo.compute_metrics(pd.concat(both), 10_000, SEEDS[0])["comparisons"]["dpo - sft"]
     return {name: value for name, value in found.items() if name not in ("p_holm", "verdict")}
+
+
+def change_of_lead(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
+    """How much more DPO leads SFT in ranking accuracy in these rows than in others, over the same users."""
+    leads = []
+    for part in (rows, others):
+        right = pd.Series(evaluate_dpo.wins(part["decision_margin"].to_numpy()), index=part.index)
+        by_user = right.groupby([part["pair_id"], part["arm"]]).mean().unstack()
+        leads.append(100 * (by_user["dpo"] - by_user["sft"]))
+    change = (leads[0] - leads[1]).to_numpy()[:, None]
+    low, high = evaluate_dpo.percentile_interval(evaluate_dpo.bootstrap_means(change, 10_000, SEEDS[0])[:, 0])
+    return {"value": round(float(change.mean()), 6), "low": round(low, 6), "high": round(high, 6)}
 
 
 def panels_of(found: dict) -> dict[str, list[tuple[str, str]]]:
