@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
-CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "kernels")  # what a record is of
+CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "kernels", "optim")  # what a record is of
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
@@ -230,7 +230,7 @@ def run_case(case: dict) -> dict:
         "micro_batch": case["micro_batch"],
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
-        **({"kernels": case["kernels"]} if case.get("kernels") else {}),
+        **{name: case[name] for name in ("kernels", "optim") if case.get(name)},
         "pairs_per_second": round(pairs_per_second, 2),
         "pairs_timed": timed * case["effective_batch"],
         "seconds": round(seconds, 3),
@@ -284,8 +284,8 @@ def main() -> None:
             **{"preset": "thesis", "model": str(model)},
             **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch)},
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
-            **{"profile": options.profile if not records else None, "optim": options.optim},
-            **({"kernels": options.kernels} if options.kernels else {}),
+            **{"profile": options.profile if not records else None},
+            **{name: getattr(options, name) for name in ("kernels", "optim") if getattr(options, name)},
             "warm_up": options.warm_up,
         }
         records.append(in_own_process(case))
@@ -317,7 +317,7 @@ def in_own_process(case: dict) -> dict:
     if Path(case["out"]).exists():
         return json.loads(Path(case["out"]).read_text())
     reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
-    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels")
+    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels", "optim")
     return {key: case[key] for key in kept if key in case} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
 
 
@@ -326,7 +326,7 @@ def as_table(records: list[dict]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
-        cells[columns.index("backend")] += f", {record['kernels']}" if "kernels" in record else ""
+        cells[columns.index("backend")] += "".join(f", {record[name]}" for name in ("kernels", "optim") if name in record)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

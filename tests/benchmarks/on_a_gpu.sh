@@ -13,8 +13,8 @@
 #   small      the trainers side by side on the small model                        -> speed.json
 #   two        two GPUs against one, and a model that two share                    -> two_gpus.json
 #   liger      Liger's kernels in the hf backend, against transformers' (pip install liger-kernel)  -> gpu.json
-#   compiled   the small model in the hf backend, plain and with each layer through torch.compile, and Unsloth's profile
-#              -> gpu.json, profile_small.json
+#   compiled   the small model through Unsloth, with its profile and with another optimiser; in the hf backend, plain and with
+#              each layer through torch.compile                                    -> gpu.json, profile_small.json
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -85,6 +85,7 @@ for part in "$@"; do
         done ;;
         compiled)
             one_small unsloth --profile "$results/profile_small.json"
+            one_small unsloth --optim adamw_torch_fused
             one_small hf
             one_small hf --kernels compiled --warm_up 8
             ;;
