@@ -645,7 +645,9 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     for module in model.modules():
         if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
             module.compute_dtype = dtype  # a model that is stored in 4 bits brings its own
-    keep_weights_unpacked(model)
+    if settings.bits == 4 and not torch.cuda.is_available() and fits_unpacked(model, dtype):
+        return unpacked(model, dtype)
+    keep_from_repacking(model)
     return model
 
 
@@ -719,7 +721,26 @@ def lora_config(settings: TrainingSettings) -> Any:
     )
 
 
-def keep_weights_unpacked(model: PreTrainedModel) -> None:
+def fits_unpacked(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Would the weights of a 4-bit model, each in `dtype`, take no more than a quarter of the memory that is free?"""
+    import psutil
+
+    return 4 * dtype.itemsize * model.num_parameters() < psutil.virtual_memory().available
+
+
+def unpacked(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its 4-bit weights unpacked to `dtype` once and not at every pass, for a CPU, where that takes long.
+
+    The values stay those of 4 bits: bitsandbytes' forward pass gives the same, and its backward pass, in float32, what comes
+    of rounding them to the 16 bits that they were packed from.
+    """
+    for weight in model.parameters():
+        if hasattr(weight, "quant_state"):
+            weight.quant_state.dtype = dtype  # that which a pass unpacks them to, and not that which they were packed from
+    return model.dequantize(dtype).requires_grad_(False)
+
+
+def keep_from_repacking(model: PreTrainedModel) -> None:
     """Keep 4-bit layers from repacking their weights on a CPU.
 
     In eval mode bitsandbytes repacks them in place for a kernel that has no backward pass: after one

@@ -378,7 +378,7 @@ def load_adapter(model: Any, name: str, folder: Path) -> Any:
     else:
         model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     model.set_adapter(name)
-    config.keep_weights_unpacked(model)
+    config.keep_from_repacking(model)
     return model.eval()
 
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import config
 import train_dpo
@@ -25,8 +27,10 @@ def folder_of(flags: list[str], stage: str) -> Path:
     return config.adapter_folder(parse_settings(TrainingSettings, flags), stage)
 
 
-@pytest.mark.parametrize("init", ["base", "sft"])
-def test_the_first_dpo_loss_is_ln_2(training_flags, init):
+@pytest.mark.parametrize(("init", "weights"), [("base", "unpacked"), ("sft", "unpacked"), ("base", "packed")])
+def test_the_first_dpo_loss_is_ln_2(training_flags, monkeypatch, init, weights):
+    if weights == "packed":  # as where memory is short
+        monkeypatch.setattr(config, "fits_unpacked", lambda *about: False)
     train_dpo.main([*training_flags, "--init", init])
     run = run_of(training_flags, "dpo")
     assert run["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -250,3 +254,29 @@ def test_the_loss_of_sft_is_drawn_so_that_its_end_can_be_read():
     assert train_dpo.draw_losses(history, "sft").axes[0].get_yscale() == "log"
     history = [{"step": step, "loss": loss, "rewards/margins": 0.1} for step, loss in enumerate((0.69, 0.6, 0.5), 1)]
     assert [axis.get_yscale() for axis in train_dpo.draw_losses(history, "dpo").axes] == ["linear"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_unpacked_once_are_those_of_4_bits(tiny_model, tmp_path, monkeypatch, dtype):
+    """To the rounding of `dtype`: a model that is stored in 16 bits would have them unpacked to these."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU unpacks them at every pass")
+    LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    settings = config.preset_settings(config.TrainingSettings, "small", base_model=str(tmp_path))
+    memory, given = psutil.virtual_memory(), torch.randn(10, 64, dtype=dtype)
+    found = {}
+    for name, free in (("packed", 2**16), ("unpacked", memory.available)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        model, _ = config.load_model(settings, dtype)
+        layer, row = model.model.layers[0].mlp.up_proj, given.clone().requires_grad_()
+        out = layer(row)
+        out.square().sum().backward()
+        found[name] = layer.weight, out.detach(), row.grad
+    weights = found["unpacked"][0]
+    assert found["packed"][0].dtype == torch.uint8 and weights.dtype == dtype and not weights.requires_grad
+    assert max(len(block.unique()) for block in weights.reshape(-1, 64)) <= 16, "a block of 64 has the values of 4 bits"
+    (out, gradient), (expected, rounded) = found["unpacked"][1:], found["packed"][1:]
+    torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    torch.testing.assert_close(gradient, 2 * out @ weights)
+    assert (gradient - rounded).norm() < 0.01 * gradient.norm(), "bitsandbytes' backward pass rounds weights to what is stored"
