@@ -556,22 +556,19 @@ def tables(results: Path) -> dict[str, str]:
     shown = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
     tried = [[arm, trial.get("after", "base").removeprefix("search/"), trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown)] for arm, trial in trials]
     usual = [[arm, *(f"{value:.1f}" for value in values.values())] for arm, values in found["usual protocol"].items()]
-    ablated = []
+    ablated, beneath = [], []
     for title, points in panels_of(found).items():
         for label, study in points:
-            arms, difference = found[study]["arms"], found[study]["dpo - sft"]
-            cells = [evaluate_dpo.cell(arms[arm][name], "%") if arm in arms else "" for name in shown[::2] for arm in ("sft", "dpo")]
-            changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
-            ablated.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in (*changes, difference))])
-    beneath = []
-    for title, points in panels_of(found).items():
-        for label, study in points:
-            arms, difference = found[study]["arms"], found[study]["dpo - sft"]
-            cells = [evaluate_dpo.cell(arms[arm][name], unit) if arm in arms else ""
-                     for name, unit in (("order_free_accuracy", "%"), ("position_bias", "points")) for arm in ("sft", "dpo")]  # fmt: skip
-            changes = [found[study].get(f"{stage} - same") for stage in ("sft", "dpo")]
-            free = [change and change["order_free_accuracy"] for change in (*changes, difference)]
-            beneath.append([title, label, *cells, *(evaluate_dpo.interval_text(change) if change else "" for change in free)])
+            arms = found[study]["arms"]
+            differences = [found[study].get(name) for name in ("sft - same", "dpo - same", "dpo - sft")]
+            order_free = [difference and difference["order_free_accuracy"] for difference in differences]
+            for rows, names, about in (
+                (ablated, ("ranking_accuracy", "response_accuracy"), differences),
+                (beneath, ("order_free_accuracy", "position_bias"), order_free),
+            ):
+                wanted = [(name, arm) for name in names for arm in ("sft", "dpo")]
+                cells = [evaluate_dpo.cell(arms[arm][name], evaluate_dpo.MEASURES[name][1]) if arm in arms else "" for name, arm in wanted]
+                rows.append([title, label, *cells, *(evaluate_dpo.interval_text(value) if value else "" for value in about)])
     longer = []
     for study in AS_LONG:
         if difference := found.get(study, {}).get("dpo - longer sft"):
