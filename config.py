@@ -230,6 +230,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     gpu_memory_gb: float | None = _setting(None, "use at most this much of each GPU; the default is all of it")
     gradient_checkpointing: bool | None = _setting(None, "recompute activations: less memory, more time; the default is where memory asks for it")
+    cuda_graphs: bool | None = _setting(None, "shared trainer: launch a pass as one CUDA graph, same numbers, less time; the default is where memory allows it")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
     save_steps: int = _setting(100, "steps between checkpoints")
@@ -766,13 +767,14 @@ def parameter_count(base_model: str) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, shared_prompt: bool) -> tuple[int, bool]:
-    """(micro-batch, gradient checkpointing) that should fit the GPU's free memory and be fast.
+def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, shared_prompt: bool) -> tuple[int, bool, bool]:
+    """(micro-batch, gradient checkpointing, CUDA graphs) that should fit the GPU's free memory and be fast.
 
     The micro-batch divides `share`, a GPU's part of a step. With checkpointing a layer keeps its input, without it
     what the backward pass reads; logits come on top, but where they are made in chunks. Without checkpointing, which
     is faster, only where 8 rows or the whole share fit. An estimate: where it is too high, the stage starts again
-    with less. Without CUDA, what was fastest: 8 with a shared prompt, else 2.
+    with less. CUDA graphs keep to memory of their own, so there has to be twice as much. Without CUDA, what was fastest: 8 with
+    a shared prompt, else 2.
 
     Args:
         row_tokens: of the longest row, all that is computed for it.
@@ -783,20 +785,23 @@ def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, 
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     wanted = settings.gradient_checkpointing
     if not torch.cuda.is_available():
-        return settings.batch_size or max(size for size in divisors if size <= (8 if shared_prompt else 2)), bool(wanted)
+        return settings.batch_size or max(size for size in divisors if size <= (8 if shared_prompt else 2)), bool(wanted), False
     shape = AutoConfig.from_pretrained(model_path(settings.base_model), trust_remote_code=False)
     free = 0.85 * min(torch.cuda.mem_get_info()[0], torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1])
     words = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)  # not quantised
     weights = 2 * words + 1.1 * (parameter_count(settings.base_model) - words) * settings.bits / 8
-    fits = {}
+    fits, rows = {}, {}
     for checkpointing in (False, True):
         kept = shape.hidden_size if checkpointing else 10 * shape.hidden_size + 3 * shape.intermediate_size
         per_token = 2 * kept * shape.num_hidden_layers + (0 if shared_prompt else 12 * shape.vocab_size)
-        rows = (free - weights) / (row_tokens * per_token)
-        fits[checkpointing] = max((size for size in divisors if size <= rows), default=1)
+        rows[checkpointing] = (free - weights) / (row_tokens * per_token)
+        fits[checkpointing] = max((size for size in divisors if size <= rows[checkpointing]), default=1)
     if wanted is None:
         wanted = fits[False] < (settings.batch_size or min(8, share))
-    return settings.batch_size or fits[wanted], wanted
+    size = settings.batch_size or fits[wanted]
+    graphs = 2 * size <= rows[False] if settings.cuda_graphs is None else settings.cuda_graphs
+    # 8 bits: its kernel waits for counts. Recomputed activations would be recorded twice.
+    return size, wanted, graphs and shared_prompt and not wanted and settings.bits != 8
 
 
 def model_path(base_model: str) -> str:

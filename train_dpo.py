@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +183,19 @@ def train_within_memory(
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
     share = settings.effective_batch // config.process_count()
     shared_prompt = stage == "dpo" and shares_prompt(settings)
-    batch_size, checkpointing = config.fitting_batch_size(settings, share, row_tokens(stage, settings, rows), shared_prompt)
+    batch_size, checkpointing, graphs = config.fitting_batch_size(settings, share, row_tokens(stage, settings, rows), shared_prompt)
     if config.process_count() > 1:  # all take what the fullest GPU can
         from accelerate import PartialState
         from accelerate.utils import gather_object
 
         PartialState(cpu=not config.cuda_present())  # joins the processes
-        fitting = gather_object([(batch_size, checkpointing)])
-        batch_size, checkpointing = min(size for size, _ in fitting), any(kept for _, kept in fitting)
+        fitting = gather_object([(batch_size, checkpointing, graphs)])
+        batch_size, checkpointing = min(size for size, _, _ in fitting), any(kept for _, kept, _ in fitting)
+        graphs = all(taken for _, _, taken in fitting)
     may_checkpoint = settings.gradient_checkpointing is None
+    trainer = None
     while True:
-        settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing)
+        settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing, cuda_graphs=graphs)
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
@@ -201,10 +203,15 @@ def train_within_memory(
                 trainer.accelerator.wait_for_everyone()  # the first process may have thrown checkpoints away
                 checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
-            found = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
+            found = {"batch_size": batch_size, "gradient_checkpointing": checkpointing, "cuda_graphs": len(graphs_of(trainer))}
             return trainer, found | {"resumed_from_step": checkpoint and checkpoint_step(checkpoint)}
         except torch.OutOfMemoryError:
-            trainer = None  # goes on below, where the error no longer holds on to the tensors
+            captured, trainer = bool(graphs_of(trainer)), None  # goes on below, where the error no longer holds on to the tensors
+        if captured and config.process_count() == 1:
+            graphs = False
+            free_memory()
+            print(f"{stage}: out of memory; starting again without CUDA graphs", flush=True)
+            continue
         if config.process_count() > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
             keep = "" if checkpointing else "Give --gradient_checkpointing true. "
             lower = "Lower --batch_size." if batch_size > 1 else "Lower --bits, --lora_rank (of SFT) or the length of the texts."
@@ -237,7 +244,7 @@ RUN = "run.json"  # beside the checkpoints: what they are checkpoints of
 # These don't change what is trained, or are known by their content; a new setting counts.
 NOT_TRAINED = {
     *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
-    *("gradient_checkpointing", "eval_steps", "save_steps", "logging_steps", "report_to", "push_to_hub", "merge"),
+    *("gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps", "report_to", "push_to_hub", "merge"),
 }
 OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
 
@@ -346,7 +353,6 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
 
     checkpoints = Checkpoints()
     trainer.add_callback(checkpoints)
-    trainer.args.logging_nan_inf_filter = False  # it would hide them from training_health
     if checkpoint:
         if config.is_main_process():
             print(f"{stage}: goes on from {checkpoint}", file=sys.stderr, flush=True)
@@ -428,7 +434,7 @@ def build_trainer(
     rounding = settings.beta if shared and config.training_dtype() != torch.float32 else 1e-3  # a nat, remembered in bfloat16
     health = training_health(stage, rounding)
     kind = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage]
-    trainer = (shared_prompt_trainer(in_one_row(settings)) if shared else kind)(
+    trainer = (shared_prompt_trainer(in_one_row(settings), bool(settings.cuda_graphs)) if shared else kind)(
         model=model,
         args=trainer_arguments(stage, settings, batch_size),
         train_dataset=Dataset.from_list(rows),
@@ -468,7 +474,7 @@ def in_one_row(settings: TrainingSettings) -> bool:
     return config.backend_of(settings) == "unsloth" and settings.bits != 8
 
 
-def shared_prompt_trainer(one_row: bool) -> type:
+def shared_prompt_trainer(one_row: bool, graphs: bool = False) -> type:
     """TRL's DPO trainer with the prompt of a pair computed once, not once for each response.
 
     Prompt, chosen and rejected response are one tree of tokens (data/trees.py), and logits are made only where a
@@ -486,6 +492,8 @@ def shared_prompt_trainer(one_row: bool) -> type:
             self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
             stock = self.data_collator
             self.data_collator = lambda examples: tree_batch(examples, stock(examples), one_row)
+            states = flat_hidden_states if one_row else tree_hidden_states
+            self.hidden_states = Graphs(states) if graphs else states
 
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
@@ -493,7 +501,7 @@ def shared_prompt_trainer(one_row: bool) -> type:
                 model = self.accelerator.unwrap_model(model)
             causal = model.base_model.model if hasattr(model, "peft_config") else model
             with self.accelerator.autocast():
-                hidden = (flat_hidden_states if one_row else tree_hidden_states)(causal.base_model, model_kwargs)
+                hidden = self.hidden_states(causal.base_model, {name: model_kwargs[name] for name in NODES if name in model_kwargs})
                 before = hidden.flatten(0, 1)[model_kwargs["tree_before"]]
                 head = causal.get_output_embeddings()
                 targets = model_kwargs["tree_targets"]
@@ -506,17 +514,23 @@ def shared_prompt_trainer(one_row: bool) -> type:
 
 
 HEAD_CHUNK = 16_384  # words of the vocabulary whose logits are made at once
+NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # what hidden states are made of
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
-ROW_MULTIPLE = 128  # what Unsloth's kernel pads to; and Triton compiles its kernels for few lengths
+ROW_MULTIPLE = 128  # what Unsloth's kernel pads to
+
+
+def row_padding(nodes: int) -> int:
+    """How many nodes fill a row up: to a multiple of 128 and of a 32nd of the row or less, so that rows have few lengths."""
+    return -nodes % max(ROW_MULTIPLE, 2 ** (nodes.bit_length() - 5))
 
 
 def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_row: bool) -> dict[str, Any]:
     """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
 
     Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row,
-    (1, all nodes), with `tree_parts`, for each pair how many nodes both texts share and how many each branch has, and
-    last for the padding; `tree_before` and `tree_targets` (response tokens,), the node before each response token, counted
-    over the whole batch, and the token itself, in the order of TRL's mask.
+    (1, all nodes), with `tree_pairs` and `tree_responses` (all nodes,), which pair a node is of and which response, -1 where
+    of both (padding is as the prompt of one more pair); `tree_before` and `tree_targets` (response tokens,), the node before
+    each response token, counted over the whole batch, and the token itself, in the order of TRL's mask.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -525,7 +539,7 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_ro
     sizes = [len(tree.tokens) for tree in trees]
     if one_row:
         starts = np.cumsum([0, *sizes[:-1]])
-        padding = -sum(sizes) % ROW_MULTIPLE
+        padding = row_padding(sum(sizes))
         rows = {
             f"tree_{name}": np.concatenate([*(getattr(tree, name) for tree in trees), np.zeros(padding, dtype=np.int64)])[None]
             for name in ("tokens", "positions")
@@ -539,12 +553,12 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_ro
     batch["tree_before"] = pad_sequence(nodes, batch_first=True)[:, :-1][mask]
     batch["tree_targets"] = batch["input_ids"][:, 1:][mask]
     if one_row:
-        shared = [int(np.argmin(tree.ends == len(tree.tokens))) for tree in trees]  # the first node that not all descend from
-        batch["tree_parts"] = [
-            [first, int(tree.ends[first]) - first, size - int(tree.ends[first])]
-            for tree, first, size in zip(trees, shared, sizes, strict=True)
-        ]
-        batch["tree_parts"] += [[padding]] if padding else []
+        responses = []
+        for number, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
+            node, first = np.arange(size), np.argmin(tree.ends == size)  # the first node that not all descend from
+            responses.append(np.where(node < first, -1, 2 * number + (node >= tree.ends[first])))
+        batch["tree_responses"] = torch.from_numpy(np.concatenate([*responses, np.full(padding, -1)]))
+        batch["tree_pairs"] = torch.from_numpy(np.repeat(np.arange(len(trees) + 1), [*sizes, padding]))
     return batch
 
 
@@ -565,16 +579,90 @@ def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
 
 def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     """The same in one row, (1, all nodes, width), through Unsloth's kernel for texts that share a beginning."""
-    import torch
-    from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
+    from unsloth.utils.prefix_grouper_kernel import PrefixSegInfo
 
-    segments, _ = build_seg_info_multigroup([(shared, branches) for shared, *branches in batch["tree_parts"]], torch.device("cpu"))
+    nodes = batch["tree_tokens"].shape[1]
+    segments = PrefixSegInfo(
+        group_of_kv=batch["tree_pairs"],
+        is_prefix=batch["tree_responses"] < 0,
+        suffix_of_kv=batch["tree_responses"],
+        signature=(object(),),  # by which masks are remembered: this one serves the layers of one pass
+        T=nodes,
+        T_pad=nodes,
+    )
     return model(
         input_ids=batch["tree_tokens"],
         position_ids=batch["tree_positions"],
         prefix_seg_info=segments,
         use_cache=False,
     ).last_hidden_state
+
+
+class Graphs:
+    """Hidden states by CUDA graphs, one for each shape of a batch: the same kernels, launched by one call a pass.
+
+    A small model's step, and a good part of an 8B one's, is else spent waiting for Python to launch them. A shape is
+    captured when it comes the second time: what has to be compiled was compiled the first time.
+    """
+
+    def __init__(self, states: Callable[[Any, dict[str, Any]], Any]):
+        import torch
+
+        self.states = states
+        self.met: Counter[tuple[int, ...]] = Counter()
+        self.captured: dict[tuple[int, ...], Callable[..., Any] | None] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # one for all: each backward pass ends before another forward pass
+        self.weights: list[Any] = []
+        self.kept: list[Any] = []
+
+        class OwnGradients(torch.autograd.Function):
+            """Weights, with gradients that are copies: a graph writes its next ones where it wrote the last, which are summed up."""
+
+            @staticmethod
+            def forward(context: Any, *weights: Any) -> Any:
+                return weights
+
+            @staticmethod
+            def backward(context: Any, *gradients: Any) -> Any:
+                return tuple(torch._foreach_mul(gradients, 1.0))
+
+        self.own_gradients = OwnGradients.apply
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
+        import torch
+
+        shape = tuple(batch["tree_tokens"].shape)
+        if not torch.is_grad_enabled():
+            return self.states(model, batch)
+        self.met[shape] += 1
+        if shape not in self.captured and (self.met[shape] < 2 or len(self.captured) == MOST_GRAPHS):
+            return self.states(model, batch)
+        if shape not in self.captured:
+            self.weights = self.weights or [weight for weight in model.parameters() if weight.requires_grad]
+            self.captured[shape] = None
+            self.captured[shape] = self.capture(model, batch)
+        return self.captured[shape](batch, *self.own_gradients(*self.weights))
+
+    def capture(self, model: Any, batch: dict[str, Any]) -> Callable[..., Any]:
+        """The passes for batches of this shape; it takes the weights, too, since their gradients are what comes back."""
+        import torch
+
+        # A graph reads where things were: what a library keeps, such as a table of rotary embeddings, must never be freed.
+        gradients = {id(weight.grad) for weight in self.weights}
+        self.kept += [value for value in gc.get_objects() if type(value) is torch.Tensor and value.is_cuda and id(value) not in gradients]
+        static = {name: values.clone() for name, values in batch.items()}
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            return torch.cuda.make_graphed_callables(
+                lambda batch, *weights: self.states(model, batch), (static, *self.weights), num_warmup_iters=1, pool=self.pool
+            )
+
+
+MOST_GRAPHS = 8  # each keeps gradients of its own
+
+
+def graphs_of(trainer: Any) -> dict[tuple[int, ...], Callable[..., Any] | None]:
+    """A trainer's CUDA graphs by the shape of their batches; None for one that is not finished."""
+    return getattr(getattr(trainer, "hidden_states", None), "captured", {})
 
 
 def check_isolation(trainer: Any, bits: int) -> None:
@@ -713,11 +801,12 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         save_total_limit=2,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide them from training_health, and wait for each step's loss
         report_to=settings.report_to,
         disable_tqdm=False,
     )
     if stage == "sft":
-        return SFTConfig(
+        made = SFTConfig(
             num_train_epochs=settings.sft_epochs,
             learning_rate=settings.sft_learning_rate,
             completion_only_loss=True,
@@ -725,15 +814,18 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
             padding_free=False,
             **shared,
         )
-    return DPOConfig(
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        beta=settings.beta,
-        loss_type=[settings.loss_type],
-        disable_dropout=True,
-        precompute_ref_log_probs=False,
-        **shared,
-    )
+    else:
+        made = DPOConfig(
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            beta=settings.beta,
+            loss_type=[settings.loss_type],
+            disable_dropout=True,
+            precompute_ref_log_probs=False,
+            **shared,
+        )
+    made._n_gpu = min(made.n_gpu, 1)  # without a launcher a second GPU would get rows of its own: another effective batch
+    return made
 
 
 def keep_adapter_in_float32(model: Any) -> None:
@@ -752,7 +844,7 @@ def keep_adapter_in_float32(model: Any) -> None:
 def training_health(stage: str, tolerance: float = 1e-3) -> Any:
     """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart.
 
-    Gradients are looked at before each step, so that no checkpoint ever holds what a bad one made.
+    Gradients are looked at before a checkpoint is whole, so that none ever holds what a bad one made.
     tolerance: how far from 0 the first reward margin may be, and from ln 2 the first loss.
     """
     import torch
@@ -763,11 +855,32 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
     class TrainingHealth(TrainerCallback):
         def __init__(self) -> None:
             self.step_ends: list[float] = []
+            self.looking: tuple[int, Any, Any] = (0, True, None)  # a step, are its gradients finite, and when that is known
+            self.weights: list[Any] = []
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
-            norms = torch._foreach_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
-            if norms and not torch.stack(norms).isfinite().all():
-                raise UserError(f"{stage}: the gradient of step {state.global_step + 1} is not finite", f"{lower}.")
+            self.look()
+            if not self.weights or config.under_fsdp():  # to find them takes 8 ms in an 8B model
+                self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+            norms = torch._foreach_norm([weight.grad for weight in self.weights if weight.grad is not None])
+            if norms:
+                finite = torch.stack(norms).isfinite().all()
+                found = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
+                self.looking = state.global_step + 1, found, torch.cuda.current_stream().record_event() if finite.is_cuda else None
+
+        def look(self) -> None:
+            """At the gradients of the step before: those of this one would have to be waited for."""
+            step, finite, copied = self.looking
+            if copied:
+                copied.synchronize()
+            if not finite:
+                raise UserError(f"{stage}: the gradient of step {step} is not finite", f"{lower}.")
+
+        def on_save(self, args, state, control, **kwargs):  # noqa: ANN001
+            self.look()  # before the checkpoint is called whole
+
+        def on_train_end(self, args, state, control, **kwargs):  # noqa: ANN001
+            self.look()
 
         def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
             self.step_ends.append(time.monotonic())

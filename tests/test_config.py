@@ -213,9 +213,13 @@ def test_micro_batch_and_checkpointing_follow_the_memory_of_the_card(monkeypatch
         settings = config.preset_settings(TrainingSettings, "thesis", base_model=str(tmp_path), **changes)
         return config.fitting_batch_size(settings, share, 260 if shared_prompt else 400, shared_prompt)
 
-    assert fitting(24) == (8, False), "Llama 3 8B on an RTX 3090, a prompt once"
-    assert fitting(24, shared_prompt=False) == (8, True)
-    assert fitting(8) == (8, True)
-    assert fitting(8, gradient_checkpointing=False) == (1, False), "as asked"
-    assert fitting(80, share=64) == (32, False)
-    assert fitting(24, batch_size=4) == (4, False) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True)
+    assert fitting(24) == (8, False, False), "Llama 3 8B on an RTX 3090, a prompt once"
+    assert fitting(24, shared_prompt=False) == (8, True, False)
+    assert fitting(8) == (8, True, False)
+    assert fitting(8, gradient_checkpointing=False) == (1, False, False), "as asked"
+    assert fitting(80, share=64) == (32, False, False)
+    assert fitting(24, batch_size=4) == (4, False, True) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True, False)
+    assert fitting(80) == (8, False, True), "CUDA graphs where the activations fit twice"
+    assert fitting(80, bits=8) == fitting(80, shared_prompt=False) == fitting(80, cuda_graphs=False) == (8, False, False)
+    assert fitting(24, cuda_graphs=True) == (8, False, True), "as asked"
+    assert fitting(80, gradient_checkpointing=True, cuda_graphs=True) == (8, True, False), "what is recomputed cannot be recorded"

@@ -171,6 +171,25 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(sft_fla
     assert all(weight.isfinite().all() for weight in load_file(kept / "adapter_model.safetensors").values())
 
 
+def test_a_bad_gradient_of_the_last_step_makes_no_adapter(sft_flags, monkeypatch):
+    """No step comes after it that could look."""
+
+    def tamper(trainer):
+        step = trainer.training_step
+
+        def training_step(*inputs, **named):
+            loss = step(*inputs, **named)
+            if trainer.state.global_step == trainer.state.max_steps - 1:
+                next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.view(-1)[0] = math.nan
+            return loss
+
+        trainer.training_step = training_step
+
+    with pytest.raises(UserError, match="the gradient of step [0-9]+ is not finite"):
+        train_tampered(monkeypatch, sft_flags, tamper)
+    assert not config.adapter_folder(parse_settings(TrainingSettings, sft_flags), "sft").exists()
+
+
 def tamper_loss(change):
     def tamper(trainer):
         step = trainer.training_step

@@ -140,5 +140,56 @@ def test_each_response_token_is_predicted_at_the_node_before_it(in_one_row):
     assert batch["tree_targets"].tolist() == [4, 9, 9, 9, 5, 6, 4, 8, 2, 6]
     assert tokens[batch["tree_before"]].tolist() == [3, 4, 9, 9, 7, 5, 3, 4, 8, 7]
     if in_one_row:
-        assert batch["tree_parts"] == [[4, 2, 3], [2, 2, 1], [114]], "branches by their tokens' order, then padding"
+        padding = [-1] * 114
+        assert batch["tree_responses"].tolist() == [-1] * 4 + [0] * 2 + [1] * 3 + [-1] * 2 + [2] * 2 + [3] + padding, "by their tokens' order"
+        assert batch["tree_pairs"].tolist() == [0] * 9 + [1] * 5 + [2] * 114
         assert batch["tree_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 3, 2] + [0] * 114]
+
+
+def replayed(function, sample, num_warmup_iters, pool):
+    """What torch.cuda.make_graphed_callables gives, without a GPU: a pass reads what was captured, into which its inputs are
+    copied, and its gradients lie where the last ones lay.
+    """
+    batch, *weights = sample
+    gradients = [torch.zeros_like(weight) for weight in weights]
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(context, *given):
+            for static, values in zip(batch.values(), given, strict=False):
+                static.copy_(values)
+            with torch.enable_grad():
+                Replayed.found = function(batch, *weights)
+            return Replayed.found.detach()
+
+        @staticmethod
+        def backward(context, gradient):
+            for static, values in zip(gradients, torch.autograd.grad(Replayed.found, weights, gradient), strict=True):
+                static.copy_(values)
+            return *[None] * len(batch), *(static.detach() for static in gradients)
+
+    return lambda batch, *weights: Replayed.apply(*batch.values(), *weights)
+
+
+def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_path, monkeypatch):
+    """Several micro-batches a step, whose gradients are summed up, and lengths that come back."""
+    captured = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *given, **options: captured.append(given[1][0]) or replayed(*given, **options))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    losses = []
+    for replays in (False, True):
+        monkeypatch.setattr(config, "fitting_batch_size", lambda *given, replays=replays: (1, False, replays))
+        flags = [*training_flags, "--outputs", str(tmp_path / str(replays)), "--init", "base", "--stage", "dpo", "--learning_rate", "0.01"]
+        train_dpo.main([*flags, "--effective_batch", "4", "--max_steps", "6", "--logging_steps", "1"])
+        [folder] = (tmp_path / str(replays)).glob("*_dpo_*_final")
+        run = json.loads((folder / "run.json").read_text())
+        losses.append([entry["loss"] for entry in run["log_history"] if "loss" in entry])
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][-1]
+    assert run["cuda_graphs"] == len(captured) == len({given["tree_tokens"].shape for given in captured}) > 0, "one a shape"
+
+
+def test_rows_are_filled_up_to_few_lengths():
+    for nodes in (1, 127, 128, 129, 3900, 5000, 16_000, 33_000):
+        whole = nodes + train_dpo.row_padding(nodes)
+        assert whole % 128 == 0 and whole - nodes < max(128, nodes / 16)
+    assert len({nodes + train_dpo.row_padding(nodes) for nodes in range(15_000, 17_000)}) < 6

@@ -280,3 +280,13 @@ def test_weights_that_are_unpacked_once_are_those_of_4_bits(tiny_model, tmp_path
     torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     torch.testing.assert_close(gradient, 2 * out @ weights)
     assert (gradient - rounded).norm() < 0.01 * gradient.norm(), "bitsandbytes' backward pass rounds weights to what is stored"
+
+
+def test_one_process_trains_on_one_gpu(monkeypatch):
+    """transformers would give each further GPU rows of its own, and so train with another effective batch than the one asked for."""
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: 2))
+    settings = config.preset_settings(config.TrainingSettings, "small", gradient_checkpointing=False)
+    for stage in ("sft", "dpo"):
+        assert train_dpo.trainer_arguments(stage, settings, 2)._n_gpu == 1

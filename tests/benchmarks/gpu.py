@@ -21,7 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARM_UP, TIMED = 3, 8
-CASE = ("device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "kernels", "optim")  # what a record is of
+GRAPHS_WARM_UP = 12  # by then most shapes of a batch have come twice, and have their graph
+CASE = (  # what a record is of
+    *("device", "shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing"),
+    *("kernels", "optim", "cuda_graphs", "memory_cap_gb"),
+)
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
     ("unsloth", "shared", 8, True),
@@ -138,7 +142,8 @@ def profile(trainer: object, path: Path) -> None:
 def run_case(case: dict) -> dict:
     """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
     `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
-    `timed` steps, how many times each prompt is repeated, `prompt_times`, and whose `kernels` hf takes, if not its own.
+    `timed` steps, how many times each prompt is repeated, `prompt_times`, whose `kernels` hf takes, if not its own, and
+    whether `cuda_graphs` are used, if not where memory allows it. The record has `cuda_graphs` where they were.
     """
     import config
 
@@ -155,7 +160,7 @@ def run_case(case: dict) -> dict:
 
         apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)  # norm, rotary embedding, activation
     rate = matrix_rate()
-    warm_up, timed = case.get("warm_up", WARM_UP), case.get("timed", TIMED)
+    timed = case.get("timed", TIMED)
     if case["memory_gb"] and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory_gb"] * 1e9 / total)
@@ -171,21 +176,28 @@ def run_case(case: dict) -> dict:
         outputs=case["work"],
         effective_batch=case["effective_batch"],
         gradient_checkpointing=bool(case["checkpointing"]),
+        cuda_graphs=case.get("cuda_graphs"),
+        batch_size=case["micro_batch"],
         validation_pairs=0,
-        max_steps=warm_up + timed,
         save_steps=10_000,
         max_length=512 * case.get("prompt_times", 1),
         **({"optim": case["optim"]} if case.get("optim") else {}),
     )
     train, _ = config.load_split(settings)
-    rows = preference_rows(train, "balanced", settings.seed)[: (warm_up + timed) * case["effective_batch"]]
+    rows = preference_rows(train, "balanced", settings.seed)
+    longest = train_dpo.row_tokens("dpo", settings, rows)
+    _, _, graphs = config.fitting_batch_size(settings, case["effective_batch"], longest, case["trainer"] == "shared")
+    warm_up = max(case.get("warm_up", WARM_UP), GRAPHS_WARM_UP if graphs else 0)
+    settings.cuda_graphs, settings.max_steps = graphs, warm_up + timed
+    rows = rows[: settings.max_steps * case["effective_batch"]]
     rows = [row | {"prompt": row["prompt"] * case.get("prompt_times", 1)} for row in rows]
     clock = {}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            synchronize()
-            clock[state.global_step] = time.monotonic()
+            if state.global_step in (warm_up, warm_up + timed):  # else steps would wait for one another
+                synchronize()
+                clock[state.global_step] = time.monotonic()
 
     reference_seconds = [0.0]
     real = train_dpo.reference_log_probs
@@ -231,6 +243,7 @@ def run_case(case: dict) -> dict:
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
         **{name: case[name] for name in ("kernels", "optim") if case.get(name)},
+        **({"cuda_graphs": True, "shapes_captured": len(train_dpo.graphs_of(trainer))} if graphs else {}),
         "pairs_per_second": round(pairs_per_second, 2),
         "pairs_timed": timed * case["effective_batch"],
         "seconds": round(seconds, 3),
@@ -243,7 +256,8 @@ def run_case(case: dict) -> dict:
         "tokens_per_pair": round(tokens / len(rows), 1),
         "computed_tokens_per_pair": round((computed if case["trainer"] == "shared" else tokens) / len(rows), 1),
         "matrix_tflops": round(rate / 1e12, 1),
-        "first_loss": trainer.state.log_history[0]["loss"],  # logged alone: logging_first_step
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],  # the first alone: logging_first_step
+        "steps": warm_up + timed,
     }
 
 
@@ -259,8 +273,10 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--optim", help="another optimiser than the preset's, by its name in transformers")
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="the shared trainer launches each kernel by itself, where memory allows the other, too")
     parser.add_argument("--kernels", choices=["liger", "compiled"], help="backend hf with Liger's (pip install liger-kernel), or torch.compile's")
     parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
+    parser.add_argument("--timed", type=int, default=TIMED, help="steps after those")
     parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -286,7 +302,7 @@ def main() -> None:
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
             **{"profile": options.profile if not records else None},
             **{name: getattr(options, name) for name in ("kernels", "optim") if getattr(options, name)},
-            "warm_up": options.warm_up,
+            **{"warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": False if options.no_cuda_graphs or options.kernels == "compiled" else None},
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)
@@ -316,17 +332,19 @@ def in_own_process(case: dict) -> dict:
     done = subprocess.run([sys.executable, __file__, "--pairs", "-", "--one", json.dumps(case)], capture_output=True, text=True)
     if Path(case["out"]).exists():
         return json.loads(Path(case["out"]).read_text())
+    print(done.stderr[-3000:], file=sys.stderr)
     reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
-    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels", "optim")
+    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels", "optim", "cuda_graphs")
     return {key: case[key] for key in kept if key in case} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
 
 
 def as_table(records: list[dict]) -> str:
-    columns = ["device", "backend", "trainer", "micro_batch", "checkpointing", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
+    columns = ["device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
         cells[columns.index("backend")] += "".join(f", {record[name]}" for name in ("kernels", "optim") if name in record)
+        cells[columns.index("trainer")] += ", CUDA graphs" if record.get("cuda_graphs") else ""
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -13,8 +13,11 @@
 #   small      the trainers side by side on the small model                        -> speed.json
 #   two        two GPUs against one, and a model that two share                    -> two_gpus.json
 #   liger      Liger's kernels in the hf backend, against transformers' (pip install liger-kernel)  -> gpu.json
-#   compiled   the small model through Unsloth, with its profile and with another optimiser; in the hf backend, plain and with
-#              each layer through torch.compile                                    -> gpu.json, profile_small.json
+#   graphs     the shared trainer with CUDA graphs and without, by the same steps: the small model through Unsloth (its profile, too)
+#              and by the hf backend, and Llama 3 8B's shape, not held to 24 GB    -> gpu.json, profile_small.json
+#   compiled   the small model in the hf backend with each layer through torch.compile  -> gpu.json
+#   eight      Llama 3 8B's shape within 24 GB, micro-batch and effective batch 8  -> gpu.json
+#   both       SFT, DPO from it and from the base on the small model by both backends, scored; the accuracies are in WORK
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -57,9 +60,25 @@ of_8b() { # a benchmark on that shape
     timeout "$(left)" python3 "$@" --preset thesis --model "$shape" --shape "Llama-3-8B, random weights" --pairs "$pairs" --results "$results"
 }
 
+small_model=SmolLM2-135M-Instruct-Q4_1
+
 one_small() { # gpu.py on the small model, one backend, not held to 24 GB
-    timeout "$(left)" python3 $bench/gpu.py --model SmolLM2-135M-Instruct-Q4_1 --shape SmolLM2-135M --memory_gb 0 --effective_batch 64 \
-        --cases "[[\"$1\", \"shared\", 64, false]]" "${@:2}" --pairs "$pairs" --results "$results"
+    timeout "$(left)" python3 $bench/gpu.py --model $small_model --shape SmolLM2-135M --memory_gb 0 --effective_batch 64 \
+        --cases "[[\"$1\", \"shared\", 64, false]]" --warm_up 12 --timed 12 "${@:2}" --pairs "$pairs" --results "$results"
+}
+
+of_8b_gpu() { # gpu.py on that shape
+    make_8b
+    timeout "$(left)" python3 $bench/gpu.py --model "$shape" "$@" --pairs "$pairs" --results "$results"
+}
+
+both_stages() { # one backend: SFT and DPO from it, DPO from the base, and the scores of all three
+    common=(--preset thesis --base_model $small_model --pairs "$pairs" --outputs "$work/both_$1")
+    training=(--backend "$1" --effective_batch 64 --batch_size 64 --sft_epochs 2 --epochs 2 --sft_learning_rate 2e-3 --learning_rate 5e-4)
+    timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}"
+    timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --init base --outputs "$work/both_$1/base"
+    arms=(sft="$work/both_$1/smollm2_sft_4bit_final" dpo="$work/both_$1/smollm2_dpo_4bit_final" dpo_base="$work/both_$1/base/smollm2_dpo_4bit_final")
+    timeout "$(left)" python3 evaluate_dpo.py "${common[@]}" --adapters "${arms[@]}" --strangers false --generate_users 0 --fast true
 }
 
 for part in "$@"; do
@@ -69,26 +88,26 @@ for part in "$@"; do
         speed) of_8b $bench/training.py --memory_gb 24 --effective_batch 16 --turns 1 --timed 4 \
             --cases '[["shared", 16, false], ["unsloth", 8, true], ["stock", 8, true]]' ;;
         scoring) of_8b $bench/evaluation.py --modes tf32 ;;
-        small) timeout "$(left)" python3 $bench/training.py --preset thesis --model SmolLM2-135M-Instruct-Q4_1 --no_checkpointing \
+        small) timeout "$(left)" python3 $bench/training.py --preset thesis --model $small_model --no_checkpointing --warm_up 2 --timed 12 \
             --effective_batch 64 --cases '[["stock", 64], ["unsloth", 64], ["shared", 64]]' --pairs "$pairs" --results "$results" ;;
         equality) timeout "$(left)" python3 $bench/equality.py --adapter "$work"/ablations/dpo_same/*_final --preset small --pairs "$pairs" \
             --users 16 --results "$results" ;;
-        memory) timeout "$(left)" python3 train_dpo.py --preset thesis --base_model SmolLM2-135M-Instruct-Q4_1 --stage dpo --init base \
+        memory) timeout "$(left)" python3 train_dpo.py --preset thesis --base_model $small_model --stage dpo --init base \
             --pairs "$pairs" --outputs "$work/memory" --max_pairs 640 --max_steps 4 --effective_batch 64 --batch_size 64 \
             --gradient_checkpointing false --gpu_memory_gb 3 ;;
         two) of_8b $bench/two_gpus.py ;;
-        profile) make_8b && timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["unsloth", "shared", 16, false]]' \
-            --profile "$results/profile.json" --effective_batch 16 --pairs "$pairs" --results "$results" ;;
-        liger) make_8b && for kernels in "" "--kernels liger"; do
-            timeout "$(left)" python3 $bench/gpu.py --model "$shape" --cases '[["hf", "shared", 8, true], ["hf", "shared", 16, true]]' \
-                $kernels --effective_batch 16 --pairs "$pairs" --results "$results"
+        profile) of_8b_gpu --cases '[["unsloth", "shared", 16, false]]' --profile "$results/profile.json" --effective_batch 16 ;;
+        eight) of_8b_gpu --cases '[["unsloth", "shared", 8, false], ["unsloth", "shared", 8, true], ["unsloth", "stock", 8, true]]' ;;
+        liger) for kernels in "" "--kernels liger"; do
+            of_8b_gpu --cases '[["hf", "shared", 8, true], ["hf", "shared", 16, true]]' $kernels --effective_batch 16
         done ;;
-        compiled)
-            one_small unsloth --profile "$results/profile_small.json"
-            one_small unsloth --optim adamw_torch_fused
-            one_small hf
-            one_small hf --kernels compiled --warm_up 8
-            ;;
+        graphs) for graphs in "" --no_cuda_graphs; do
+            one_small unsloth $graphs ${graphs:---profile "$results/profile_small.json"}
+            one_small hf $graphs
+            of_8b_gpu --cases '[["unsloth", "shared", 16, false]]' --memory_gb 0 --effective_batch 16 --warm_up 12 $graphs
+        done ;;
+        compiled) one_small hf --kernels compiled ;;
+        both) both_stages unsloth && both_stages hf ;;
         *) say "there is no part $part" && exit 2 ;;
     esac > "$work/$part.log" 2>&1
     say "$part: exit code $?"

@@ -134,6 +134,7 @@ def write(found: dict[tuple, list[dict]], results: Path) -> None:
             reference = statistics.median(turn["reference_seconds_per_pair"] for turn in turns)
             names = ("device", "shape", "bits", "backend", "effective_batch", "checkpointing", "peak_memory_gb", "share_of_floor")
             record = {"trainer": case[0], "micro_batch": case[1]} | {name: turns[0][name] for name in names}
+            record |= {"cuda_graphs": True} if turns[0].get("cuda_graphs") else {}
             record |= {
                 "pairs_per_second": round(rate, 3),
                 "ratio_to_stock": round(rate / stock, 2),

@@ -25,7 +25,7 @@ import config  # noqa: E402
 import evaluate_dpo  # noqa: E402
 from data.pairs import load_pairs, write_pairs  # noqa: E402
 
-STEPS = 10
+STEPS = 24  # CUDA graphs are made in the first few
 
 
 def call(script: str, flags: str, processes: int, configuration: str = "") -> None:
@@ -62,7 +62,8 @@ def main() -> None:
     pairs = options.work / "pairs.jsonl"
     write_pairs(pairs, load_pairs(options.pairs)[: options.pairs_used])
     common = f"--preset {options.preset} --pairs {pairs}"
-    steps = f"--stage dpo --init base --max_steps {STEPS} --max_pairs {STEPS * 32} --validation_pairs 0 --save_steps 1000 --logging_steps 1"
+    once = "--stage dpo --init base --validation_pairs 0 --save_steps 1000 --logging_steps 1"
+    steps = f"{once} --max_steps {STEPS} --max_pairs {STEPS * 32}"
 
     record = {"device": config.environment_facts()["device"], "shape": options.shape, "training": {}, "evaluation": {}}
     scores, adapter = {}, None
@@ -101,7 +102,7 @@ def main() -> None:
     print(json.dumps(record), flush=True)
 
     outputs = options.work / "sharded"
-    flags = f"{common} --base_model {config.SMALL_MODEL} --backend hf --outputs {outputs} {steps} --effective_batch 32 --batch_size 16"
+    flags = f"{common} --base_model {config.SMALL_MODEL} --backend hf --outputs {outputs} {once} --max_steps 10 --effective_batch 32 --batch_size 16"
     call("train_dpo.py", flags, 2, f"--config_file {ROOT / 'docs' / 'fsdp_qlora.yaml'}")
     run = json.loads((next(outputs.glob("*_dpo_4bit_final")) / "run.json").read_text())
     record["sharded"] = {"model": config.SMALL_MODEL} | training(run)
