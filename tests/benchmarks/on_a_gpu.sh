@@ -6,7 +6,7 @@
 # Parts, in the order in which they are given; what times something goes first, a study takes what is left:
 #   all, search, main, ablations   of experiment.py, several runs at a time (SLOTS, default 7, which fit an H100; GPUS, default 0;
 #              STUDIES, of the ablations), by NVIDIA's MPS where it is
-#   equality   one adapter of the ablations read by both backends                  -> equality.json
+#   equality   one adapter, of the ablations or ADAPTER, read by both backends     -> equality.json
 #   memory     training for which a cap on memory is too small at first            -> memory.log in WORK
 #   speed      DPO's trainers side by side on Llama 3 8B's shape within 24 GB      -> speed.json
 #   scoring    1,208 users, both orders and responses, one arm of that shape       -> evaluation_speed.json
@@ -17,7 +17,7 @@
 #              and by the hf backend, and Llama 3 8B's shape, not held to 24 GB    -> gpu.json, profile_small.json
 #   compiled   the small model in the hf backend with each layer through torch.compile  -> gpu.json
 #   eight      Llama 3 8B's shape within 24 GB, micro-batch and effective batch 8  -> gpu.json
-#   both       SFT, DPO from it and from the base on the small model by both backends, scored; the accuracies are in WORK
+#   whole_unsloth, whole_hf  both scripts from end to end: SFT, DPO from it and from the base on the small model, scored  -> in WORK
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -72,12 +72,12 @@ of_8b_gpu() { # gpu.py on that shape
     timeout "$(left)" python3 $bench/gpu.py --model "$shape" "$@" --pairs "$pairs" --results "$results"
 }
 
-both_stages() { # one backend: SFT and DPO from it, DPO from the base, and the scores of all three
-    common=(--preset thesis --base_model $small_model --pairs "$pairs" --outputs "$work/both_$1")
+whole() { # one backend: SFT and DPO from it, DPO from the base, and the scores of all three
+    common=(--preset thesis --base_model $small_model --pairs "$pairs" --outputs "$work/whole_$1")
     training=(--backend "$1" --effective_batch 64 --batch_size 64 --sft_epochs 2 --epochs 2 --sft_learning_rate 2e-3 --learning_rate 5e-4)
     timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}"
-    timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --init base --outputs "$work/both_$1/base"
-    arms=(sft="$work/both_$1/smollm2_sft_4bit_final" dpo="$work/both_$1/smollm2_dpo_4bit_final" dpo_base="$work/both_$1/base/smollm2_dpo_4bit_final")
+    timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --init base --outputs "$work/whole_$1/base"
+    arms=(sft="$work/whole_$1/smollm2_sft_4bit_final" dpo="$work/whole_$1/smollm2_dpo_4bit_final" dpo_base="$work/whole_$1/base/smollm2_dpo_4bit_final")
     timeout "$(left)" python3 evaluate_dpo.py "${common[@]}" --adapters "${arms[@]}" --strangers false --generate_users 0 --fast true
 }
 
@@ -89,8 +89,8 @@ for part in "$@"; do
             --cases '[["shared", 16, false], ["unsloth", 8, true], ["stock", 8, true]]' ;;
         scoring) of_8b $bench/evaluation.py --modes tf32 ;;
         small) timeout "$(left)" python3 $bench/training.py --preset thesis --model $small_model --no_checkpointing --warm_up 2 --timed 12 \
-            --effective_batch 64 --cases '[["stock", 64], ["unsloth", 64], ["shared", 64]]' --pairs "$pairs" --results "$results" ;;
-        equality) timeout "$(left)" python3 $bench/equality.py --adapter "$work"/ablations/dpo_same/*_final --preset small --pairs "$pairs" \
+            --effective_batch 64 --cases '[["shared", 64], ["unsloth", 64], ["stock", 64]]' --pairs "$pairs" --results "$results" ;;
+        equality) timeout "$(left)" python3 $bench/equality.py --adapter ${ADAPTER:-"$work"/ablations/dpo_same/*_final} --preset small --pairs "$pairs" \
             --users 16 --results "$results" ;;
         memory) timeout "$(left)" python3 train_dpo.py --preset thesis --base_model $small_model --stage dpo --init base \
             --pairs "$pairs" --outputs "$work/memory" --max_pairs 640 --max_steps 4 --effective_batch 64 --batch_size 64 \
@@ -107,7 +107,7 @@ for part in "$@"; do
             of_8b_gpu --cases '[["unsloth", "shared", 16, false]]' --memory_gb 0 --effective_batch 16 --warm_up 12 $graphs
         done ;;
         compiled) one_small hf --kernels compiled ;;
-        both) both_stages unsloth && both_stages hf ;;
+        whole_unsloth | whole_hf) whole "${part#whole_}" ;;
         *) say "there is no part $part" && exit 2 ;;
     esac > "$work/$part.log" 2>&1
     say "$part: exit code $?"
