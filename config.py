@@ -64,6 +64,7 @@ HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hu
 LICENCES = {"llama3": "llama3", "smollm2": "apache-2.0"}  # by short name, in the Hub's words
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNSLOTH_CHECKPOINTING: bool | str = True  # "unsloth" moves what is kept to the computer's memory: 0.8 GB less, 7% slower
+SMALL_PARAMETERS = 1e9  # below this a GPU waits for its kernels to be launched
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
 
 
@@ -230,7 +231,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     gpu_memory_gb: float | None = _setting(None, "use at most this much of each GPU; the default is all of it")
     gradient_checkpointing: bool | None = _setting(None, "recompute activations: less memory, more time; the default is where memory asks for it")
-    cuda_graphs: bool | None = _setting(None, "shared trainer: launch a pass as one CUDA graph, same numbers, less time; the default is where memory allows it")
+    cuda_graphs: bool | None = _setting(None, "shared trainer through Unsloth: launch a pass as one CUDA graph; the default is with small models")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
     save_steps: int = _setting(100, "steps between checkpoints")
@@ -778,6 +779,9 @@ def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, 
 
     Args:
         row_tokens: of the longest row, all that is computed for it.
+
+    Raises:
+        UserError: CUDA graphs were asked for where they are not known to give the same numbers.
     """
     import torch
     from transformers import AutoConfig
@@ -799,9 +803,12 @@ def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, 
     if wanted is None:
         wanted = fits[False] < (settings.batch_size or min(8, share))
     size = settings.batch_size or fits[wanted]
-    graphs = 2 * size <= rows[False] if settings.cuda_graphs is None else settings.cuda_graphs
-    # 8 bits: its kernel waits for counts. Recomputed activations would be recorded twice.
-    return size, wanted, graphs and shared_prompt and not wanted and settings.bits != 8
+    known = backend_of(settings) == "unsloth" and settings.bits != 8 and process_count() == 1 and not settings.gradient_checkpointing
+    if settings.cuda_graphs and not known:
+        where = "CUDA graphs are for training through Unsloth on one GPU, in 4 or 16 bits, without gradient checkpointing"
+        raise UserError(where, "Leave --cuda_graphs out.")
+    small = parameter_count(settings.base_model) < SMALL_PARAMETERS and 2 * size <= rows[False]
+    return size, wanted, shared_prompt and known and not wanted and (small if settings.cuda_graphs is None else settings.cuda_graphs)
 
 
 def model_path(base_model: str) -> str:

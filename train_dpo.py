@@ -601,8 +601,8 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
 class Graphs:
     """Hidden states by CUDA graphs, one for each shape of a batch: the same kernels, launched by one call a pass.
 
-    A small model's step, and a good part of an 8B one's, is else spent waiting for Python to launch them. A shape is
-    captured when it comes the second time: what has to be compiled was compiled the first time.
+    Two thirds of a small model's step are else spent waiting for Python to launch them. A shape is captured when it comes the
+    second time: what has to be compiled was compiled the first time.
     """
 
     def __init__(self, states: Callable[[Any, dict[str, Any]], Any]):
@@ -685,7 +685,7 @@ def check_isolation(trainer: Any, bits: int) -> None:
     tokens.view(-1)[nodes] = (tokens.view(-1)[nodes] + 1) % trainer.model.config.vocab_size
     found = []
     for given in (inputs["tree_tokens"], tokens):
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng([tokens.device.index] if tokens.is_cuda else []):
             torch.manual_seed(0)  # the same dropout
             log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model, inputs | {"tree_tokens": given}, inputs["input_ids"], inputs["completion_mask"]
@@ -796,7 +796,7 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=config.cuda_present(),
         eval_strategy="steps" if settings.validation_pairs else "no",
-        eval_steps=settings.eval_steps,
+        eval_steps=settings.eval_steps if settings.validation_pairs else None,
         save_steps=settings.save_steps,
         save_total_limit=2,
         logging_steps=settings.logging_steps,

@@ -218,8 +218,30 @@ def test_micro_batch_and_checkpointing_follow_the_memory_of_the_card(monkeypatch
     assert fitting(8) == (8, True, False)
     assert fitting(8, gradient_checkpointing=False) == (1, False, False), "as asked"
     assert fitting(80, share=64) == (32, False, False)
-    assert fitting(24, batch_size=4) == (4, False, True) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True, False)
-    assert fitting(80) == (8, False, True), "CUDA graphs where the activations fit twice"
-    assert fitting(80, bits=8) == fitting(80, shared_prompt=False) == fitting(80, cuda_graphs=False) == (8, False, False)
-    assert fitting(24, cuda_graphs=True) == (8, False, True), "as asked"
-    assert fitting(80, gradient_checkpointing=True, cuda_graphs=True) == (8, True, False), "what is recomputed cannot be recorded"
+    assert fitting(24, batch_size=4) == (4, False, False) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True, False)
+
+
+def test_cuda_graphs_are_for_small_models_and_for_where_they_give_the_same_numbers(monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+
+    def graphs(gigabytes=24, shared_prompt=True, **changes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 1e9, gigabytes * 1e9))
+        settings = config.preset_settings(TrainingSettings, "thesis", base_model=str(tmp_path), **changes)
+        return config.fitting_batch_size(settings, 8, 260, shared_prompt)[2]
+
+    assert graphs() and graphs(bits=16) and graphs(cuda_graphs=True)
+    assert not graphs(gigabytes=3) and graphs(gigabytes=3, cuda_graphs=True), "activations fit once, not twice"
+    assert not graphs(cuda_graphs=False) and not graphs(shared_prompt=False)
+    monkeypatch.setattr(config, "SMALL_PARAMETERS", 1e8)
+    assert not graphs() and graphs(cuda_graphs=True), "a large model, unless asked for"
+    monkeypatch.setattr(config, "SMALL_PARAMETERS", 1e9)
+    for elsewhere in ({"backend": "hf"}, {"bits": 8}, {"gradient_checkpointing": True}):
+        assert not graphs(**elsewhere)
+        with pytest.raises(UserError, match="CUDA graphs are for training through Unsloth on one GPU"):
+            graphs(cuda_graphs=True, **elsewhere)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not graphs()

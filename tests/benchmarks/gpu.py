@@ -143,7 +143,7 @@ def run_case(case: dict) -> dict:
     """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
     `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
     `timed` steps, how many times each prompt is repeated, `prompt_times`, whose `kernels` hf takes, if not its own, and
-    whether `cuda_graphs` are used, if not where memory allows it. The record has `cuda_graphs` where they were.
+    `cuda_graphs` as in the settings. The record has `cuda_graphs` where they were used.
     """
     import config
 
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/gpu-benchmark")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--optim", help="another optimiser than the preset's, by its name in transformers")
-    parser.add_argument("--no_cuda_graphs", action="store_true", help="the shared trainer launches each kernel by itself, where memory allows the other, too")
+    parser.add_argument("--cuda_graphs", choices=["true", "false"], help="a setting of training; the default is its default")
     parser.add_argument("--kernels", choices=["liger", "compiled"], help="backend hf with Liger's (pip install liger-kernel), or torch.compile's")
     parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
     parser.add_argument("--timed", type=int, default=TIMED, help="steps after those")
@@ -302,7 +302,7 @@ def main() -> None:
             **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
             **{"profile": options.profile if not records else None},
             **{name: getattr(options, name) for name in ("kernels", "optim") if getattr(options, name)},
-            **{"warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": False if options.no_cuda_graphs or options.kernels == "compiled" else None},
+            **{"warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": {"true": True, "false": False}.get(options.cuda_graphs)},
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)

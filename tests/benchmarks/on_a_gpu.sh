@@ -13,8 +13,8 @@
 #   small      the trainers side by side on the small model                        -> speed.json
 #   two        two GPUs against one, and a model that two share                    -> two_gpus.json
 #   liger      Liger's kernels in the hf backend, against transformers' (pip install liger-kernel)  -> gpu.json
-#   graphs     the shared trainer with CUDA graphs and without, by the same steps: the small model through Unsloth (its profile, too)
-#              and by the hf backend, and Llama 3 8B's shape, not held to 24 GB    -> gpu.json, profile_small.json
+#   graphs     the shared trainer with CUDA graphs and without, the same steps: the small model, with its profile, and Llama 3 8B's
+#              shape, not held to 24 GB                                            -> gpu.json, profile_small.json
 #   compiled   the small model in the hf backend with each layer through torch.compile  -> gpu.json
 #   eight      Llama 3 8B's shape within 24 GB, micro-batch and effective batch 8  -> gpu.json
 #   whole_unsloth, whole_hf  both scripts from end to end: SFT, DPO from it and from the base on the small model, scored  -> in WORK
@@ -101,10 +101,9 @@ for part in "$@"; do
         liger) for kernels in "" "--kernels liger"; do
             of_8b_gpu --cases '[["hf", "shared", 8, true], ["hf", "shared", 16, true]]' $kernels --effective_batch 16
         done ;;
-        graphs) for graphs in "" --no_cuda_graphs; do
-            one_small unsloth $graphs ${graphs:---profile "$results/profile_small.json"}
-            one_small hf $graphs
-            of_8b_gpu --cases '[["unsloth", "shared", 16, false]]' --memory_gb 0 --effective_batch 16 --warm_up 12 $graphs
+        graphs) for graphs in true false; do
+            one_small unsloth --cuda_graphs $graphs $([ $graphs = true ] && echo --profile "$results/profile_small.json")
+            of_8b_gpu --cases '[["unsloth", "shared", 16, false]]' --memory_gb 0 --effective_batch 16 --warm_up 32 --cuda_graphs $graphs
         done ;;
         compiled) one_small hf --kernels compiled ;;
         whole_unsloth | whole_hf) whole "${part#whole_}" ;;
