@@ -598,11 +598,14 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     ).last_hidden_state
 
 
+MOST_GRAPHS = 8  # each keeps gradients of its own
+
+
 class Graphs:
     """Hidden states by CUDA graphs, one for each shape of a batch: the same kernels, launched by one call a pass.
 
-    Two thirds of a small model's step are else spent waiting for Python to launch them. A shape is captured when it comes the
-    second time: what has to be compiled was compiled the first time.
+    A small model's step is else spent waiting for Python to launch them. A shape is captured when it comes the second time: what
+    has to be compiled was compiled the first time.
     """
 
     def __init__(self, states: Callable[[Any, dict[str, Any]], Any]):
@@ -655,9 +658,6 @@ class Graphs:
             return torch.cuda.make_graphed_callables(
                 lambda batch, *weights: self.states(model, batch), (static, *self.weights), num_warmup_iters=1, pool=self.pool
             )
-
-
-MOST_GRAPHS = 8  # each keeps gradients of its own
 
 
 def graphs_of(trainer: Any) -> dict[tuple[int, ...], Callable[..., Any] | None]:
@@ -860,7 +860,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
             self.look()
-            if not self.weights or config.under_fsdp():  # to find them takes 8 ms in an 8B model
+            if not self.weights or config.under_fsdp():  # to find them means to walk over every module
                 self.weights = [weight for weight in model.parameters() if weight.requires_grad]
             norms = torch._foreach_norm([weight.grad for weight in self.weights if weight.grad is not None])
             if norms:

@@ -188,6 +188,20 @@ def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_pat
     assert run["cuda_graphs"] == len(captured) == len({given["tree_tokens"].shape for given in captured}) > 0, "one a shape"
 
 
+def test_where_cuda_graphs_do_not_fit_the_stage_starts_again_without(training_flags, tmp_path, monkeypatch, capsys):
+    def full(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(config, "fitting_batch_size", lambda *given: (2, False, True))
+    train_dpo.main([*training_flags, "--init", "base", "--stage", "dpo", "--effective_batch", "4", "--max_steps", "6"])
+    assert "dpo: out of memory; starting again without CUDA graphs" in capsys.readouterr().out
+    [folder] = (tmp_path / "outputs").glob("*_dpo_*_final")
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["cuda_graphs"], run["batch_size"], run["steps"]) == (0, 2, 6), "the micro-batch stays"
+
+
 def test_rows_are_filled_up_to_few_lengths():
     for nodes in (1, 127, 128, 129, 3900, 5000, 16_000, 33_000):
         whole = nodes + train_dpo.row_padding(nodes)

@@ -344,6 +344,7 @@ def as_table(records: list[dict]) -> str:
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
         cells[columns.index("backend")] += "".join(f", {record[name]}" for name in ("kernels", "optim") if name in record)
+        cells[columns.index("memory_cap_gb")] = str(record.get("memory_cap_gb") or "none")
         cells[columns.index("trainer")] += ", CUDA graphs" if record.get("cuda_graphs") else ""
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

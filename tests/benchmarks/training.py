@@ -178,6 +178,7 @@ def draw(records: list[dict], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), **style)
         axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}\n{panel[0]}", xscale="log")
         axis.set_xscale("log", base=2)
+        axis.margins(0.1)
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(8)
     labels = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
