@@ -877,10 +877,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
                 raise UserError(f"{stage}: the gradient of step {step} is not finite", f"{lower}.")
 
         def on_save(self, args, state, control, **kwargs):  # noqa: ANN001
-            self.look()  # before the checkpoint is called whole
-
-        def on_train_end(self, args, state, control, **kwargs):  # noqa: ANN001
-            self.look()
+            self.look()  # before the checkpoint is called whole; the last step is always saved
 
         def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
             self.step_ends.append(time.monotonic())

@@ -171,6 +171,27 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(sft_fla
     assert all(weight.isfinite().all() for weight in load_file(kept / "adapter_model.safetensors").values())
 
 
+def test_a_bad_gradient_is_found_by_the_next_step(sft_flags, monkeypatch):
+    """Though nothing is logged or saved before."""
+    steps = []
+
+    def tamper(trainer):
+        step = trainer.training_step
+
+        def training_step(*inputs, **named):
+            loss = step(*inputs, **named)
+            steps.append(trainer.state.global_step)
+            if trainer.state.global_step == 2:
+                next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.view(-1)[0] = math.nan
+            return loss
+
+        trainer.training_step = training_step
+
+    with pytest.raises(UserError, match="the gradient of step 3 is not finite"):
+        train_tampered(monkeypatch, [*sft_flags, "--save_steps", "100", "--logging_steps", "100"], tamper)
+    assert max(steps) == 3, "the fourth"
+
+
 def test_a_bad_gradient_of_the_last_step_makes_no_adapter(sft_flags, monkeypatch):
     """No step comes after it that could look."""
 
