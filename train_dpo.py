@@ -189,9 +189,8 @@ def train_within_memory(
         from accelerate.utils import gather_object
 
         PartialState(cpu=not config.cuda_present())  # joins the processes
-        fitting = gather_object([(batch_size, checkpointing, graphs)])
-        batch_size, checkpointing = min(size for size, _, _ in fitting), any(kept for _, kept, _ in fitting)
-        graphs = all(taken for _, _, taken in fitting)
+        fitting = gather_object([(batch_size, checkpointing)])
+        batch_size, checkpointing = min(size for size, _ in fitting), any(kept for _, kept in fitting)
     may_checkpoint = settings.gradient_checkpointing is None
     trainer = None
     while True:
@@ -207,7 +206,7 @@ def train_within_memory(
             return trainer, found | {"resumed_from_step": checkpoint and checkpoint_step(checkpoint)}
         except torch.OutOfMemoryError:
             captured, trainer = bool(graphs_of(trainer)), None  # goes on below, where the error no longer holds on to the tensors
-        if captured and config.process_count() == 1:
+        if captured:
             graphs = False
             free_memory()
             print(f"{stage}: out of memory; starting again without CUDA graphs", flush=True)

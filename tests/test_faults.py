@@ -151,21 +151,29 @@ def checkpoint_after(flags: list[str], stage: str = "sft") -> Path | None:
     return train_dpo.last_whole_checkpoint(config.checkpoints_folder(parse_settings(TrainingSettings, flags), stage))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(sft_flags, monkeypatch, bad):
+def bad_gradient(step, bad=math.nan, seen=None):
+    """A tampering that makes one number of a step's gradients bad (steps from 0), and notes in `seen` each step that runs."""
+
     def tamper(trainer):
-        step = trainer.training_step
+        real = trainer.training_step
 
         def training_step(*inputs, **named):
-            loss = step(*inputs, **named)
-            if trainer.state.global_step == 2:  # no step that is logged
+            loss = real(*inputs, **named)
+            if seen is not None:
+                seen.append(trainer.state.global_step)
+            if trainer.state.global_step == step:
                 next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.view(-1)[0] = bad
             return loss
 
         trainer.training_step = training_step
 
+    return tamper
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(sft_flags, monkeypatch, bad):
     with pytest.raises(UserError, match="sft: the gradient of step 3 is not finite\nLower --sft_learning_rate"):
-        train_tampered(monkeypatch, sft_flags, tamper)
+        train_tampered(monkeypatch, sft_flags, bad_gradient(2, bad))  # no step that is logged
     kept = checkpoint_after(sft_flags)
     assert kept.name == "checkpoint-2"
     assert all(weight.isfinite().all() for weight in load_file(kept / "adapter_model.safetensors").values())
@@ -173,41 +181,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(sft_fla
 
 def test_a_bad_gradient_is_found_by_the_next_step(sft_flags, monkeypatch):
     """Though nothing is logged or saved before."""
-    steps = []
-
-    def tamper(trainer):
-        step = trainer.training_step
-
-        def training_step(*inputs, **named):
-            loss = step(*inputs, **named)
-            steps.append(trainer.state.global_step)
-            if trainer.state.global_step == 2:
-                next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.view(-1)[0] = math.nan
-            return loss
-
-        trainer.training_step = training_step
-
+    seen = []
     with pytest.raises(UserError, match="the gradient of step 3 is not finite"):
-        train_tampered(monkeypatch, [*sft_flags, "--save_steps", "100", "--logging_steps", "100"], tamper)
-    assert max(steps) == 3, "the fourth"
+        train_tampered(monkeypatch, [*sft_flags, "--save_steps", "100", "--logging_steps", "100"], bad_gradient(2, seen=seen))
+    assert max(seen) == 3, "the fourth"
 
 
 def test_a_bad_gradient_of_the_last_step_makes_no_adapter(sft_flags, monkeypatch):
     """No step comes after it that could look."""
-
-    def tamper(trainer):
-        step = trainer.training_step
-
-        def training_step(*inputs, **named):
-            loss = step(*inputs, **named)
-            if trainer.state.global_step == trainer.state.max_steps - 1:
-                next(weight for weight in trainer.model.parameters() if weight.requires_grad).grad.view(-1)[0] = math.nan
-            return loss
-
-        trainer.training_step = training_step
-
-    with pytest.raises(UserError, match="the gradient of step [0-9]+ is not finite"):
-        train_tampered(monkeypatch, sft_flags, tamper)
+    with pytest.raises(UserError, match="the gradient of step 8 is not finite"):
+        train_tampered(monkeypatch, sft_flags, bad_gradient(7))
     assert not config.adapter_folder(parse_settings(TrainingSettings, sft_flags), "sft").exists()
 
 
