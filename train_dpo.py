@@ -504,7 +504,7 @@ def shared_prompt_trainer(one_row: bool, graphs: bool = False) -> type:
                 before = hidden.flatten(0, 1)[model_kwargs["tree_before"]]
                 head = causal.get_output_embeddings()
                 targets = model_kwargs["tree_targets"]
-                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, HEAD_CHUNK)
+                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, HEAD_CHUNK[before.device.type])
             mask = completion_mask[:, 1:].bool()
             log_probs, entropies = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
             return log_probs, entropies, None
@@ -512,7 +512,7 @@ def shared_prompt_trainer(one_row: bool, graphs: bool = False) -> type:
     return SharedPromptTrainer
 
 
-HEAD_CHUNK = 16_384  # words of the vocabulary whose logits are made at once
+HEAD_CHUNK = {"cuda": 16_384, "cpu": 4_096}  # words of the vocabulary whose logits are made at once; fewer stay in a CPU's cache
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # what hidden states are made of
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
 ROW_MULTIPLE = 128  # what Unsloth's kernel pads to

@@ -18,6 +18,8 @@
 #   compiled   the small model in the hf backend with each layer through torch.compile  -> gpu.json
 #   eight      Llama 3 8B's shape within 24 GB, micro-batch and effective batch 8  -> gpu.json
 #   whole_unsloth, whole_hf  both scripts from end to end: SFT, DPO from it and from the base on the small model, scored  -> in WORK
+#   launched   after whole_unsloth: its DPO from SFT once more without CUDA graphs, scored beside it  -> in WORK
+#   first      after whole_unsloth: the first loss of DPO by TRL's own trainer, by both backends from both starting points  -> in WORK
 #   profile    where a micro-batch of the shared trainer on that shape goes        -> profile.json
 # WORK (default outputs/study) and RESULTS (default docs/results) are folders; each part's log lies in WORK.
 set -u
@@ -72,13 +74,35 @@ of_8b_gpu() { # gpu.py on that shape
     timeout "$(left)" python3 $bench/gpu.py --model "$shape" "$@" --pairs "$pairs" --results "$results"
 }
 
-whole() { # one backend: SFT and DPO from it, DPO from the base, and the scores of all three
+of_backend() { # flags of both scripts for a backend, with the study's settings
     common=(--preset thesis --base_model $small_model --pairs "$pairs" --outputs "$work/whole_$1")
-    training=(--backend "$1" --effective_batch 64 --batch_size 64 --sft_epochs 2 --epochs 2 --sft_learning_rate 2e-3 --learning_rate 5e-4)
+    training=(--backend "$1" --effective_batch 64 --batch_size 64 --sft_epochs 4 --epochs 4 --sft_learning_rate 1e-3 --learning_rate 2e-4)
+    scoring=(--strangers false --generate_users 0 --fast true)
+    sft="$work/whole_$1/smollm2_sft_4bit_final" dpo="$work/whole_$1/smollm2_dpo_4bit_final"
+}
+
+whole() { # one backend: SFT and DPO from it, DPO from the base, and the scores of all three
+    of_backend "$1"
     timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}"
     timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --init base --outputs "$work/whole_$1/base"
-    arms=(sft="$work/whole_$1/smollm2_sft_4bit_final" dpo="$work/whole_$1/smollm2_dpo_4bit_final" dpo_base="$work/whole_$1/base/smollm2_dpo_4bit_final")
-    timeout "$(left)" python3 evaluate_dpo.py "${common[@]}" --adapters "${arms[@]}" --strangers false --generate_users 0 --fast true
+    timeout "$(left)" python3 evaluate_dpo.py "${common[@]}" "${scoring[@]}" --adapters "sft=$sft" "dpo=$dpo" "dpo_base=$work/whole_$1/base/smollm2_dpo_4bit_final"
+}
+
+launched() { # DPO through Unsloth from that SFT once more, without CUDA graphs, and the scores of both
+    of_backend unsloth
+    timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --sft_adapter "$sft" --cuda_graphs false --outputs "$work/launched"
+    arms=("sft=$sft" "dpo=$dpo" "launched=$work/launched/smollm2_dpo_4bit_final")
+    timeout "$(left)" python3 evaluate_dpo.py "${common[@]}" "${scoring[@]}" --adapters "${arms[@]}" --outputs "$work/launched"
+}
+
+first() { # the first loss of DPO by TRL's own trainer: both backends, from the base and from Unsloth's SFT
+    of_backend unsloth
+    for backend in unsloth hf; do
+        for init in base sft; do
+            timeout "$(left)" python3 train_dpo.py "${common[@]}" "${training[@]}" --stage dpo --init $init --sft_adapter "$sft" --backend $backend \
+                --trainer stock --batch_size 32 --max_pairs 64 --validation_pairs 0 --max_steps 1 --outputs "$work/first_${backend}_$init"
+        done
+    done
 }
 
 for part in "$@"; do
@@ -107,6 +131,7 @@ for part in "$@"; do
         done ;;
         compiled) one_small hf --kernels compiled ;;
         whole_unsloth | whole_hf) whole "${part#whole_}" ;;
+        launched | first) "$part" ;;
         *) say "there is no part $part" && exit 2 ;;
     esac > "$work/$part.log" 2>&1
     say "$part: exit code $?"
