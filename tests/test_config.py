@@ -56,6 +56,9 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
     path.write_text("beta: 0.5\nmax_pairs: 8\ncheck: true\n")
     settings = parse_settings(TrainingSettings, [str(path), "--beta", "0.2"])
     assert (settings.beta, settings.max_pairs, settings.check) == (0.2, 8, True)
+    path.write_text("preset: thesis\nbackend: unsloth\n")
+    settings = parse_settings(TrainingSettings, [str(path), "--preset", "small", "--backend=hf"])
+    assert (settings.preset, settings.base_model, settings.backend) == ("small", config.SMALL_MODEL, "hf")
     path.write_text("bata: 0.5\n")
     with pytest.raises(UserError, match="unknown setting --bata"):
         parse_settings(TrainingSettings, [str(path)])
