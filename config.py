@@ -357,9 +357,9 @@ def _differences(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
 def _peek(arguments: Sequence[str], name: str) -> str | None:
     """The value of one flag, before the parser is built; the last one given, as the parser takes it."""
     found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == f"--{name}":
-            found = following
+    for index, argument in enumerate(arguments):
+        if argument == f"--{name}" and index + 1 < len(arguments):
+            found = arguments[index + 1]
         if argument.startswith(f"--{name}="):
             found = argument.split("=", 1)[1]
     return found
