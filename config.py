@@ -314,8 +314,9 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
         UserError: an unknown or badly typed setting, a value out of range, or an unreadable settings file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    nulls: list[str] = []
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments[:1] = _file_as_flags(arguments[0])
+        arguments[:1], nulls = _file_as_flags(arguments[0], kind)
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
         merging = _peek(arguments, "merge") is not None  # scores with plain transformers, which Unsloth would patch
         import_unsloth_first("hf" if merging else _peek(arguments, "backend") or "auto")
@@ -328,7 +329,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     names = [setting.name for setting in dataclasses.fields(kind)]
     parser = HfArgumentParser(kind, allow_abbrev=False)
     parser.error = lambda message: _refuse_setting(message)  # argparse would print its whole usage
-    parser.set_defaults(**{name: value for name, value in PRESETS.get(preset, {}).items() if name in names})
+    of_preset = {name: value for name, value in PRESETS.get(preset, {}).items() if name in names}
+    parser.set_defaults(**of_preset | dict.fromkeys(nulls))
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
@@ -348,10 +350,12 @@ def preset_settings(kind: type[SettingsKind], preset: str, **changes: Any) -> Se
 
 
 def _differences(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
-    default = preset_settings(type(settings), settings.preset)
-    for name, value in vars(settings).items():
-        if value != getattr(default, name) and name != "check":
-            yield name, getattr(default, name), value
+    for setting in dataclasses.fields(settings):  # the preset is not made: its own values need not suit the number of processes
+        default = setting.default_factory() if setting.default is dataclasses.MISSING else setting.default
+        default = settings.preset if setting.name == "preset" else PRESETS[settings.preset].get(setting.name, default)
+        value = getattr(settings, setting.name)
+        if value != default and setting.name != "check":
+            yield setting.name, default, value
 
 
 def _peek(arguments: Sequence[str], name: str) -> str | None:
@@ -365,8 +369,8 @@ def _peek(arguments: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _file_as_flags(path: str) -> list[str]:
-    """A settings file as flags, so that both are checked by the same parser."""
+def _file_as_flags(path: str, kind: type[Settings]) -> tuple[list[str], list[str]]:
+    """A settings file as flags, so that both are checked by the same parser, and the settings that it says are none."""
     import yaml
 
     try:
@@ -376,10 +380,16 @@ def _file_as_flags(path: str) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings", "Write one `name: value` a line.")
     flags: list[str] = []
+    nulls: list[str] = []
+    may_be_none = {setting.name: setting.default is None for setting in dataclasses.fields(kind)}
     for name, value in content.items():
-        if value is not None:
+        if value is not None or name not in may_be_none:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+        elif may_be_none[name]:
+            nulls.append(name)
+        else:
+            raise UserError(f"{path}: {name} has no value", "Give it one, or leave it out.")
+    return flags, nulls
 
 
 def _refuse_setting(message: str) -> None:
@@ -787,6 +797,11 @@ def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, 
     import torch
     from transformers import AutoConfig
 
+    known = backend_of(settings) == "unsloth" and settings.trainer != "stock" and settings.bits != 8
+    known = known and process_count() == 1 and not settings.gradient_checkpointing
+    if settings.cuda_graphs and not known:
+        where = "CUDA graphs are for the shared trainer through Unsloth on one GPU, in 4 or 16 bits, without gradient checkpointing"
+        raise UserError(where, "Leave --cuda_graphs out.")
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     wanted = settings.gradient_checkpointing
     if not torch.cuda.is_available():
@@ -804,10 +819,6 @@ def fitting_batch_size(settings: TrainingSettings, share: int, row_tokens: int, 
     if wanted is None:
         wanted = fits[False] < (settings.batch_size or min(8, share))
     size = settings.batch_size or fits[wanted]
-    known = backend_of(settings) == "unsloth" and settings.bits != 8 and process_count() == 1 and not settings.gradient_checkpointing
-    if settings.cuda_graphs and not known:
-        where = "CUDA graphs are for training through Unsloth on one GPU, in 4 or 16 bits, without gradient checkpointing"
-        raise UserError(where, "Leave --cuda_graphs out.")
     small = parameter_count(settings.base_model) < SMALL_PARAMETERS and 2 * size <= rows[False]
     return size, wanted, shared_prompt and known and not wanted and (small if settings.cuda_graphs is None else settings.cuda_graphs)
 

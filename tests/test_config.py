@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  before a test lets CUDA seem to be there
 from safetensors.torch import save_file
 
 import config
@@ -59,12 +60,28 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
     path.write_text("preset: thesis\nbackend: unsloth\n")
     settings = parse_settings(TrainingSettings, [str(path), "--preset", "small", "--backend=hf"])
     assert (settings.preset, settings.base_model, settings.backend) == ("small", config.SMALL_MODEL, "hf")
+    path.write_text("preset: small\nmax_pairs: null\n")
+    assert parse_settings(TrainingSettings, [str(path)]).max_pairs is None, "and not the preset's"
+    assert parse_settings(TrainingSettings, [str(path), "--max_pairs", "9"]).max_pairs == 9
+    path.write_text("beta: null\n")
+    with pytest.raises(UserError, match="beta has no value"):
+        parse_settings(TrainingSettings, [str(path)])
+    path.write_text("bata: null\n")
+    with pytest.raises(UserError, match="unknown setting --bata"):
+        parse_settings(TrainingSettings, [str(path)])
     path.write_text("bata: 0.5\n")
     with pytest.raises(UserError, match="unknown setting --bata"):
         parse_settings(TrainingSettings, [str(path)])
     path.write_text("beta: [1, 2\n")
     with pytest.raises(UserError, match="cannot read the settings file"):
         parse_settings(TrainingSettings, [str(path)])
+
+
+def test_processes_that_the_effective_batch_of_the_preset_cannot_serve_take_one_that_can(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert parse_settings(TrainingSettings, ["--preset", "thesis", "--backend", "hf", "--effective_batch", "9"]).effective_batch == 9
+    with pytest.raises(UserError, match="that 3 processes can share"):
+        parse_settings(TrainingSettings, ["--preset", "thesis", "--backend", "hf"])
 
 
 def test_every_setting_has_a_help_line():
@@ -242,9 +259,9 @@ def test_cuda_graphs_are_for_small_models_and_for_where_they_give_the_same_numbe
     monkeypatch.setattr(config, "SMALL_PARAMETERS", 1e8)
     assert not graphs() and graphs(cuda_graphs=True), "a large model, unless asked for"
     monkeypatch.setattr(config, "SMALL_PARAMETERS", 1e9)
-    for elsewhere in ({"backend": "hf"}, {"bits": 8}, {"gradient_checkpointing": True}):
-        assert not graphs(**elsewhere)
-        with pytest.raises(UserError, match="CUDA graphs are for training through Unsloth on one GPU"):
+    for elsewhere in ({"backend": "hf"}, {"bits": 8}, {"gradient_checkpointing": True}, {"trainer": "stock"}):
+        assert not graphs(**elsewhere, shared_prompt="trainer" not in elsewhere)
+        with pytest.raises(UserError, match="CUDA graphs are for the shared trainer through Unsloth on one GPU"):
             graphs(cuda_graphs=True, **elsewhere)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not graphs()
