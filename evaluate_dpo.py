@@ -70,8 +70,12 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
     """Score unless predictions are given, measure, and write all that belongs into the folder."""
     source = Path(settings.from_predictions or folder / "predictions.csv")
     generation: dict[str, Any] = {}
-    run: dict[str, Any] = {"mismatches": []}
-    if not settings.from_predictions:
+    run = {} if not settings.from_predictions else read_run(source.with_name("run.json"))
+    if settings.from_predictions:
+        beside = read_run(source.with_name("generation.json"))
+        known = {arm: found for arm, found in beside.items() if ARM_NAME.fullmatch(arm) and isinstance(found, dict)}
+        generation = {arm: found for arm, found in known.items() if all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)}
+    else:
         predictions, generated, run = predict(settings)
         if not config.is_main_process():
             return
@@ -89,8 +93,9 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
         config.write_text(folder / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     config.write_json(folder / "metrics.json", metrics)
-    model = model_of(run if "settings" in run else source.with_name("run.json"))
-    notes = [f"mismatch: {text}" for text in run["mismatches"]] + [f"note: {text}" for text in run.get("notes", ())]
+    model = model_of(run)
+    kinds = {"mismatch": "mismatches", "note": "notes"}
+    notes = [f"{kind}: {config.printable(str(text))}" for kind, name in kinds.items() for text in listed(run, name)]
     config.write_text(folder / "report.md", report(metrics, generation, notes, model))
     config.write_text(folder / "table.tex", latex(metrics))
     plot_all(predictions, metrics, folder / "figures")
@@ -119,6 +124,12 @@ def read_run(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return run if isinstance(run, dict) else {}
+
+
+def listed(run: dict[str, Any], name: str) -> list[Any]:
+    """What a run.json lists under a name; nothing where it is no list."""
+    found = run.get(name)
+    return found if isinstance(found, list) else []
 
 
 def forget(folder: Path, *names: str) -> None:
@@ -187,7 +198,7 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         "data": {"pairs_sha256": config.file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
         "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
         "mismatches": mismatches,
-        "notes": notes_on(test, adapters),
+        "notes": notes_on(test, adapters) + notes_on_training(settings.bits, adapters),
         "processes": config.process_count(),
         "seconds": seconds,
         **config.environment_facts(),
@@ -332,6 +343,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
                 raise UserError(problem, "Give the settings that it was trained with, or --allow_mismatch true to go on and report it.")
             if not problem and not (folder / "run.json").is_file():
                 problem = f"{folder} came without run.json: whether it was trained on test pairs is not known"
+            if not problem and read_run(folder / "run.json").get("initial_adapter_known") is False:
+                problem = f"{folder} began with an adapter without run.json: whether that was trained on test pairs is not known"
             mismatches += [problem] if problem else []
             seeds = adapters.setdefault(arm, {})
             seed = config.trained_seed(folder)
@@ -358,6 +371,21 @@ def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list
         for arm, rows in arms_of_sft.items()
         if rows > seen.get("dpo", 0) > 0
     ]
+    return notes
+
+
+def notes_on_training(bits: int, adapters: dict[str, dict[str, Path]]) -> list[str]:
+    """How adapters were made otherwise than a reader would think: in other bits, or DPO from another SFT than the one beside it."""
+    notes = []
+    for arm, folders in adapters.items():
+        runs = [read_run(folder / "run.json") for folder in folders.values()]
+        made_with = [run["settings"] for run in runs if isinstance(run.get("settings"), dict)]
+        trained = {settings["bits"] for settings in made_with if isinstance(settings.get("bits"), int)}
+        notes += [f"{arm} was trained on weights in {other} bits and is read here on weights in {bits}" for other in sorted(trained - {bits})]
+        starts = {run.get("initial_adapter_sha256") for run in runs} - {None}
+        beside = {config.file_sha256(folder / "adapter_model.safetensors") for folder in adapters.get("sft", {}).values()} if starts else set()
+        if arm == "dpo" and beside and not starts <= beside:
+            notes.append("dpo began with another SFT adapter than the arm sft")
     return notes
 
 
@@ -783,7 +811,7 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
         by_seed = []
         total = np.zeros(len(users))
         near_ties = 0
-        for run, run_rows in rows.groupby("seed", sort=False):
+        for run, run_rows in rows.groupby("seed"):  # sorted: runs of one seed are compared, whatever order they were given in
             decision, response = (margins(run_rows, name, users) for name in MARGINS)
             stranger = strange[(strange["arm"] == arm) & (strange["seed"] == run)]
             first = own[(own["arm"] == arm.partition("@")[0]) & (own["seed"] == run) & (arm != arm.partition("@")[0])]
@@ -863,9 +891,16 @@ def paired_samples(one: np.ndarray, other: np.ndarray, seed: int) -> np.ndarray:
 
 
 def letter_always_answered(measures: dict[str, Any]) -> str:
-    """The letter that an arm answers almost whatever the options are (position bias of 90 points or more), or ""."""
+    """What letter an arm answers almost whatever the options are, in each of its runs its own or not; "" where it does not.
+
+    Such an arm chooses another film when the options are swapped, for 9 of 10 users or more. Its position bias may be 0
+    nevertheless: two runs of which one always answers A, the other B.
+    """
+    consistency = measures["swap_consistency"]["value"]
+    if consistency is None or consistency > 10:
+        return ""
     bias = measures["position_bias"]["value"]
-    return "" if abs(bias) < 90 else "A" if bias > 0 else "B"
+    return "one letter" if abs(bias) < 80 else "A" if bias > 0 else "B"
 
 
 def margins(rows: pd.DataFrame, name: str, users: pd.Series) -> np.ndarray:
@@ -1095,15 +1130,15 @@ def report(
         values += [f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points")]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     if generation:
-        columns = ["answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre"]
-        lines += ["", "| generated answers | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---|" * len(columns)]
-        lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in columns) + " |" for arm, found in generation.items()]
+        lines += ["", "| generated answers | " + " | ".join(name.replace("_", " ") for name in OF_ANSWERS) + " |", "|---|" + "---|" * len(OF_ANSWERS)]
+        lines += [f"| {arm} | " + " | ".join(f"{found[name]:.3g}" for name in OF_ANSWERS) + " |" for arm, found in generation.items()]
     lines += ["", *(f"**{text.partition(': ')[0].capitalize()}:** {html.escape(text.partition(': ')[2])}  " for text in notes)]
     return "\n".join([*lines, *(line + "  " for line in summary(metrics, model).splitlines()), "", "![accuracy](figures/accuracy.png)", ""])
 
 
 # ----------------------------------------------------------------------------------------------- model cards
 
+OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")  # as a report has them
 CARD_MARK = "<!-- Written by this project's scripts, and written anew by them; delete this line to keep your own text. -->"
 CARD = """# {kind} adapter: which of two films next?
 

@@ -173,9 +173,34 @@ def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flag
     evaluate_dpo.main([*flags, "--test_share", "0.4", "--resamples", "20", "--allow_mismatch", "true", "--fast", "true"])
     assert capsys.readouterr().out.count("\nmismatch: ") == 2
     assert (tmp_path / "outputs" / "evaluation" / "report.md").read_text().count("**Mismatch:**") == 2
+    evaluation = tmp_path / "outputs" / "evaluation"
+    config.write_json(evaluation / "generation.json", {"dpo": dict.fromkeys(evaluate_dpo.OF_ANSWERS, 0.5), "sft": [], "base": {"answers": 1}})
+    evaluate_dpo.main([*flags, "--resamples", "20", "--from_predictions", str(evaluation / "predictions.csv")])
+    assert capsys.readouterr().out.count("\nmismatch: ") == 2, "made anew from its predictions"
+    report = (evaluation / "report.md").read_text()
+    assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
+    config.write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
+    evaluate_dpo.main([*flags, "--resamples", "20", "--from_predictions", str(evaluation / "predictions.csv")])
     (config.adapter_folder(config.parse_settings(EvaluationSettings, flags), "sft") / "run.json").unlink()
-    evaluate_dpo.main([*flags, "--resamples", "20"])
+    evaluate_dpo.main([*flags, "--resamples", "20", "--fast", "true"])
     assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
+
+
+def test_what_dpo_began_with_is_noted(training_flags, flags, tmp_path):
+    train_dpo.main(training_flags)
+    sft, dpo = (config.adapter_folder(config.parse_settings(EvaluationSettings, flags), stage) for stage in ("sft", "dpo"))
+    adapters = {"sft": {"1": sft}, "dpo": {"1": dpo}}
+    assert evaluate_dpo.notes_on_training(4, adapters) == []
+    assert [note.partition(" was trained on weights in 4 bits")[0] for note in evaluate_dpo.notes_on_training(16, adapters)] == ["sft", "dpo"]
+    (sft / "run.json").unlink()
+    train_dpo.main([*training_flags, "--stage", "dpo", "--sft_adapter", str(sft)])
+    settings = config.parse_settings(EvaluationSettings, flags)
+    _, test = config.load_split(settings)
+    _, mismatches = evaluate_dpo.find_adapters(settings, ids_digest(test))
+    assert len(mismatches) == 2 and "dpo_4bit_final began with an adapter without run.json" in mismatches[1]
+    train_dpo.main([*training_flags, "--stage", "sft", "--seed", "8"])
+    assert evaluate_dpo.notes_on_training(4, adapters) == ["dpo began with another SFT adapter than the arm sft"]
+    assert evaluate_dpo.notes_on_training(4, {"dpo": {"1": dpo}}) == []
 
 
 def test_one_arm_of_several_seeds(training_flags, flags, tmp_path):
@@ -227,6 +252,9 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=always_b, dpo=always_b), 100, 0)
     assert (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"]) == (-0.25, "INCONCLUSIVE")
     assert "both answer one letter" in metrics["sentence"] and "users needed" not in evaluate_dpo.summary(metrics)
+    each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b).assign(seed=str(seed)) for seed, sign in enumerate((1, -1))]
+    metrics = evaluate_dpo.compute_metrics(pd.concat(each_its_own), 100, 0)
+    assert metrics["verdict"] == "INCONCLUSIVE" and any("dpo answers one letter" in caveat for caveat in metrics["caveats"])
     fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
     metrics = evaluate_dpo.compute_metrics(predictions_of(sft=fair, dpo=fair), 100, 0)
     assert metrics["verdict"] == "PARTIAL: comparable"
@@ -421,6 +449,7 @@ def test_seeds_widen_the_interval_by_their_spread(tmp_path):
     for seed, margin in enumerate(runs):
         rows.append(predictions_of(dpo=margin).assign(seed=str(seed)))
     many = evaluate_dpo.compute_metrics(pd.concat(rows), 2000, 0)
+    assert evaluate_dpo.compute_metrics(pd.concat([rows[0], *rows[:0:-1]]), 2000, 0) == many, "in whatever order runs are given"
     one = evaluate_dpo.compute_metrics(pd.concat([rows[0], rows[2]]), 2000, 0)
     assert many["arms"]["dpo"]["seeds"] == 3
     value = many["arms"]["dpo"]["ranking_accuracy"]
