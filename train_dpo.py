@@ -75,12 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sft_adapter = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
     if settings.stage == "sft" or (settings.stage == "all" and not sft_adapter.is_dir()):
         train_stage("sft", settings, rows, validation_rows, split)
-    elif settings.stage == "all":
-        print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does)")
+    elif settings.init == "sft" or settings.stage == "all":
+        print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does){made_otherwise(sft_adapter, settings)}")
     if settings.stage != "sft":
         train_stage("dpo", settings, rows, validation_rows, split, sft_adapter if settings.init == "sft" else None)
     if settings.push_to_hub:
         push(final, settings)
+
+
+def made_otherwise(sft_adapter: Path, settings: TrainingSettings) -> str:
+    """What an SFT adapter that is there was trained with and the settings have otherwise, in words."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        had = json.loads((sft_adapter / RUN).read_text(encoding="utf-8"))["settings"]
+        asked = trained_settings("sft", settings)
+        if others := differing(asked | had, asked):
+            return f"; it was trained with {others}"
+    return ""
 
 
 def hold_back(train: list[Pair], settings: TrainingSettings) -> tuple[list[Pair], list[Pair]]:
@@ -129,6 +139,8 @@ def train_stage(
             "stage": stage,
             "settings": dataclasses.asdict(settings),
             "initial_adapter": str(initial_adapter) if initial_adapter else None,
+            "initial_adapter_sha256": config.file_sha256(initial_adapter / "adapter_model.safetensors") if initial_adapter else None,
+            "initial_adapter_known": (initial_adapter / RUN).is_file() if initial_adapter else None,  # else it may have seen test pairs
             "data": split,
             "rows": len(rows),
             "steps": steps,
@@ -217,7 +229,7 @@ def train_within_memory(
             raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", keep + lower)
         free_memory()
         if may_checkpoint and not checkpointing:
-            checkpointing = True
+            checkpointing, graphs = True, False  # recomputed activations would be recorded twice
             print(f"{stage}: out of memory; starting again with gradient checkpointing", flush=True)
             continue
         batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)

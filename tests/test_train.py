@@ -83,8 +83,11 @@ def test_a_finished_run_leaves_whole_adapters_and_their_story(training_flags, pa
 
     before = (folder_of(training_flags, "sft") / "run.json").stat().st_mtime_ns
     capsys.readouterr()
-    train_dpo.main(training_flags)
-    assert "is there and is not trained again" in capsys.readouterr().out
+    train_dpo.main([*training_flags, "--beta", "0.2"])
+    said = capsys.readouterr().out
+    assert "is there and is not trained again" in said and "it was trained with" not in said
+    train_dpo.main([*training_flags, "--sft_learning_rate", "0.1"])
+    assert "; it was trained with sft_learning_rate 0.001, not 0.1" in capsys.readouterr().out
     assert (folder_of(training_flags, "sft") / "run.json").stat().st_mtime_ns == before
 
 
@@ -238,6 +241,20 @@ def test_out_of_memory_turns_on_checkpointing_then_halves_the_micro_batch_and_st
     assert (run_of(flags, "sft")["batch_size"], run_of(flags, "sft")["gradient_checkpointing"]) == (1, True)
     survived, undisturbed = (load_file(folder_of(case, "sft") / "adapter_model.safetensors") for case in (flags, reference))
     assert all(torch.equal(survived[name], undisturbed[name]) for name in survived)
+
+
+def test_with_checkpointing_after_out_of_memory_there_are_no_cuda_graphs(training_flags, monkeypatch):
+    tried = []
+
+    def no_memory(stage, settings, *arguments):
+        tried.append((settings.gradient_checkpointing, settings.cuda_graphs))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_dpo, "build_trainer", no_memory)
+    monkeypatch.setattr(config, "fitting_batch_size", lambda *given: (1, False, True))
+    with pytest.raises(UserError, match="out of memory with a micro-batch of 1"):
+        train_dpo.main([*training_flags, "--stage", "dpo", "--init", "base"])
+    assert tried == [(False, True), (True, False)]
 
 
 def test_out_of_memory_at_micro_batch_1_says_what_to_lower(training_flags, monkeypatch):
