@@ -70,10 +70,9 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
     """Score unless predictions are given, measure, and write all that belongs into the folder."""
     source = Path(settings.from_predictions or folder / "predictions.csv")
     generation: dict[str, Any] = {}
-    run = {} if not settings.from_predictions else read_run(source.with_name("run.json"))
-    if settings.from_predictions:
-        beside = read_run(source.with_name("generation.json"))
-        known = {arm: found for arm, found in beside.items() if ARM_NAME.fullmatch(arm) and isinstance(found, dict)}
+    if settings.from_predictions:  # what lies beside them may be somebody else's
+        run, answers = (read_run(source.with_name(name)) for name in ("run.json", "generation.json"))
+        known = {arm: found for arm, found in answers.items() if ARM_NAME.fullmatch(arm) and isinstance(found, dict)}
         generation = {arm: found for arm, found in known.items() if all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)}
     else:
         predictions, generated, run = predict(settings)
@@ -1111,6 +1110,9 @@ def latex(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
+OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")  # as a report has them
+
+
 def report(
     metrics: dict[str, Any], generation: dict[str, Any] | None = None, notes: Sequence[str] = (), model: str = ""
 ) -> str:
@@ -1138,7 +1140,6 @@ def report(
 
 # ----------------------------------------------------------------------------------------------- model cards
 
-OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")  # as a report has them
 CARD_MARK = "<!-- Written by this project's scripts, and written anew by them; delete this line to keep your own text. -->"
 CARD = """# {kind} adapter: which of two films next?
 

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sft_adapter = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
     if settings.stage == "sft" or (settings.stage == "all" and not sft_adapter.is_dir()):
         train_stage("sft", settings, rows, validation_rows, split)
-    elif settings.init == "sft" or settings.stage == "all":
+    elif settings.stage == "all":
         print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does){made_otherwise(sft_adapter, settings)}")
     if settings.stage != "sft":
         train_stage("dpo", settings, rows, validation_rows, split, sft_adapter if settings.init == "sft" else None)

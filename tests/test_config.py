@@ -63,18 +63,15 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
     path.write_text("preset: small\nmax_pairs: null\n")
     assert parse_settings(TrainingSettings, [str(path)]).max_pairs is None, "and not the preset's"
     assert parse_settings(TrainingSettings, [str(path), "--max_pairs", "9"]).max_pairs == 9
-    path.write_text("beta: null\n")
-    with pytest.raises(UserError, match="beta has no value"):
-        parse_settings(TrainingSettings, [str(path)])
-    path.write_text("bata: null\n")
-    with pytest.raises(UserError, match="unknown setting --bata"):
-        parse_settings(TrainingSettings, [str(path)])
-    path.write_text("bata: 0.5\n")
-    with pytest.raises(UserError, match="unknown setting --bata"):
-        parse_settings(TrainingSettings, [str(path)])
-    path.write_text("beta: [1, 2\n")
-    with pytest.raises(UserError, match="cannot read the settings file"):
-        parse_settings(TrainingSettings, [str(path)])
+    for text, problem in {
+        "beta: null": "beta has no value",
+        "bata: null": "unknown setting --bata",
+        "bata: 0.5": "unknown setting --bata",
+        "beta: [1, 2": "cannot read the settings file",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=problem):
+            parse_settings(TrainingSettings, [str(path)])
 
 
 def test_processes_that_the_effective_batch_of_the_preset_cannot_serve_take_one_that_can(monkeypatch):
