@@ -527,12 +527,49 @@ def shared_prompt_trainer(one_row: bool, graphs: bool = False) -> type:
 HEAD_CHUNK = {"cuda": 16_384, "cpu": 4_096}  # words of the vocabulary whose logits are made at once; fewer stay in a CPU's cache
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # what hidden states are made of
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
-ROW_MULTIPLE = 128  # what Unsloth's kernel pads to
+ATTENTION_BLOCK, ATTENTION_TILE = 128, 64  # nodes, of Unsloth's kernel
 
 
 def row_padding(nodes: int) -> int:
     """How many nodes fill a row up: to a multiple of 128 and of a 32nd of the row or less, so that rows have few lengths."""
-    return -nodes % max(ROW_MULTIPLE, 2 ** (nodes.bit_length() - 5))
+    return -nodes % max(ATTENTION_BLOCK, 2 ** (nodes.bit_length() - 5))
+
+
+def row_starts(trees: Sequence[Tree]) -> np.ndarray:
+    """Where in a row each tree begins, (trees,): so that attention takes its nodes in the same order in every row.
+
+    In bfloat16 another order is another rounding, by a nat or so a response, and the reference, which was computed with
+    other pairs beside it, would not fit the policy that it is of. Attention goes through tiles, those of whole blocks last; so a
+    tree that can hold two whole blocks has its own place within a block, and a shorter one within a tile. Which place is as good
+    as random: trees come in the order that leaves the fewest nodes between them.
+    """
+    sizes = np.array([len(tree.tokens) for tree in trees])
+    periods = np.where(sizes < 2 * ATTENTION_BLOCK, ATTENTION_TILE, ATTENTION_BLOCK)
+    places = np.array([tree.tokens.sum() for tree in trees]) % periods
+    starts = np.full(len(trees), -1)
+    end = 0
+    for _ in trees:
+        gaps = np.where(starts < 0, (places - end) % periods, ATTENTION_BLOCK)
+        nearest = gaps.argmin()
+        starts[nearest] = end + gaps[nearest]
+        end = starts[nearest] + sizes[nearest]
+    return starts
+
+
+def one_row_of(trees: Sequence[Tree], starts: np.ndarray) -> dict[str, np.ndarray]:
+    """What `tree_batch` says of pairs in one row, of which each begins where `starts` says."""
+    ends = starts + [len(tree.tokens) for tree in trees]
+    length = int(ends.max())
+    length += row_padding(length)
+    row = {f"tree_{name}": np.zeros((1, length), dtype=np.int64) for name in ("tokens", "positions")}
+    row["tree_pairs"] = len(trees) + np.searchsorted(np.sort(starts), np.arange(length))
+    row["tree_responses"] = np.full(length, -1)
+    for number, (tree, start, end) in enumerate(zip(trees, starts, ends, strict=True)):
+        row["tree_tokens"][0, start:end], row["tree_positions"][0, start:end] = tree.tokens, tree.positions
+        row["tree_pairs"][start:end] = number
+        node, first = np.arange(end - start), np.argmin(tree.ends == end - start)  # the first node that not all descend from
+        row["tree_responses"][start:end] = np.where(node < first, -1, 2 * number + (node >= tree.ends[first]))
+    return row
 
 
 def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_row: bool) -> dict[str, Any]:
@@ -540,21 +577,17 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_ro
 
     Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row,
     (1, all nodes), with `tree_pairs` and `tree_responses` (all nodes,), which pair a node is of and which response, -1 where
-    of both (padding is as the prompt of one more pair); `tree_before` and `tree_targets` (response tokens,), the node before
-    each response token, counted over the whole batch, and the token itself, in the order of TRL's mask.
+    of both (what lies between two pairs or after the last is as the prompt of one more); `tree_before` and `tree_targets`
+    (response tokens,), the node before each response token, counted over the whole batch, and the token itself, in the order of
+    TRL's mask.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     trees = [tree_of(example) for example in examples]
-    sizes = [len(tree.tokens) for tree in trees]
     if one_row:
-        starts = np.cumsum([0, *sizes[:-1]])
-        padding = row_padding(sum(sizes))
-        rows = {
-            f"tree_{name}": np.concatenate([*(getattr(tree, name) for tree in trees), np.zeros(padding, dtype=np.int64)])[None]
-            for name in ("tokens", "positions")
-        }
+        starts = row_starts(trees)
+        rows = one_row_of(trees, starts)
     else:
         rows = {f"tree_{name}": values for name, values in pad_trees(trees, NODES_MULTIPLE).items()}
         starts = np.arange(len(trees)) * rows["tree_tokens"].shape[1]
@@ -563,13 +596,6 @@ def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], one_ro
     batch |= {name: torch.from_numpy(values) for name, values in rows.items()}
     batch["tree_before"] = pad_sequence(nodes, batch_first=True)[:, :-1][mask]
     batch["tree_targets"] = batch["input_ids"][:, 1:][mask]
-    if one_row:
-        responses = []
-        for number, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
-            node, first = np.arange(size), np.argmin(tree.ends == size)  # the first node that not all descend from
-            responses.append(np.where(node < first, -1, 2 * number + (node >= tree.ends[first])))
-        batch["tree_responses"] = torch.from_numpy(np.concatenate([*responses, np.full(padding, -1)]))
-        batch["tree_pairs"] = torch.from_numpy(np.repeat(np.arange(len(trees) + 1), [*sizes, padding]))
     return batch
 
 
@@ -688,7 +714,9 @@ def check_isolation(trainer: Any, bits: int) -> None:
 
     rows = [trainer.train_dataset[index] for index in range(min(2, len(trainer.train_dataset)))]
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    chosen, rejected = (set(path.tolist()) for path in tree_of(rows[0]).paths)
+    tree = tree_of(rows[0])
+    start = inputs["tree_before"][0].item() - tree.paths[0][len(rows[0]["prompt_ids"]) - 1]  # where it begins in the row
+    chosen, rejected = (set((path + start).tolist()) for path in tree.paths)
     branches = [sorted(chosen - rejected), sorted(rejected - chosen)]
     earlier = int(branches[1] < branches[0])  # what stands later may see it
     tokens = inputs["tree_tokens"].clone()

@@ -1,8 +1,11 @@
 """The trainer that computes a pair's prompt once does what TRL's does, at the same gradients."""
 
+import functools
+import itertools
 import json
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -42,9 +45,23 @@ def loss_and_gradients(trainer, examples):
     return loss.item(), found, {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
 
+def states_of_a_row(model, batch, leaky=False):
+    """What Unsloth's kernel gives, without a GPU: hidden states of pairs in one row, by a mask of what its labels let through.
+
+    leaky: whatever the response is.
+    """
+    pairs, responses = batch["tree_pairs"], batch["tree_responses"]
+    mask = ((pairs[:, None] == pairs) & ((responses < 0) | (responses[:, None] == responses) | leaky)).tril()
+    given = {"input_ids": batch["tree_tokens"], "position_ids": batch["tree_positions"], "attention_mask": mask[None, None]}
+    return model(**given, use_cache=False).last_hidden_state
+
+
 @pytest.mark.parametrize("init", ["base", "sft"])
-def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, init, tmp_path, monkeypatch):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, init, one_row, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    monkeypatch.setattr(train_dpo, "in_one_row", lambda settings: one_row)
+    monkeypatch.setattr(train_dpo, "flat_hidden_states", states_of_a_row)
     stock, shared = (trainer_of(training_flags, kind, init, tmp_path) for kind in ("stock", "shared"))
     rows = [list(stock.train_dataset), list(shared.train_dataset)]
     lengths = [len(row["prompt_ids"]) for row in rows[0]]
@@ -107,13 +124,16 @@ def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
     assert mask[1, 5].nonzero()[0].tolist() == [5], "padding sees itself"
 
 
-def test_a_model_in_which_responses_see_each_other_is_not_trained(training_flags, monkeypatch):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_a_model_in_which_responses_see_each_other_is_not_trained(training_flags, one_row, monkeypatch):
     """As one whose attention ignores what parts a row: it would train, with a first loss of ln 2, and learn something else."""
 
     def causal(ends):
         return torch.ones(ends.shape[0], 1, ends.shape[1], ends.shape[1], dtype=torch.bool).tril()
 
     monkeypatch.setattr(train_dpo, "ancestor_mask", causal)
+    monkeypatch.setattr(train_dpo, "in_one_row", lambda settings: one_row)
+    monkeypatch.setattr(train_dpo, "flat_hidden_states", functools.partial(states_of_a_row, leaky=True))
     for seed in "12345":  # chosen or rejected may stand first
         with pytest.raises(config.UserError, match="sees the responses beside it"):
             train_dpo.main([*training_flags, "--stage", "dpo", "--init", "base", "--seed", seed])
@@ -139,11 +159,24 @@ def test_each_response_token_is_predicted_at_the_node_before_it(in_one_row):
     tokens = batch["tree_tokens"].flatten()
     assert batch["tree_targets"].tolist() == [4, 9, 9, 9, 5, 6, 4, 8, 2, 6]
     assert tokens[batch["tree_before"]].tolist() == [3, 4, 9, 9, 7, 5, 3, 4, 8, 7]
-    if in_one_row:
-        padding = [-1] * 114
-        assert batch["tree_responses"].tolist() == [-1] * 4 + [0] * 2 + [1] * 3 + [-1] * 2 + [2] * 2 + [3] + padding, "by their tokens' order"
-        assert batch["tree_pairs"].tolist() == [0] * 9 + [1] * 5 + [2] * 114
-        assert batch["tree_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 3, 2] + [0] * 114]
+
+
+def test_attention_takes_a_pair_in_the_same_order_whatever_pairs_are_beside_it():
+    """Or bfloat16 rounds otherwise, and the reference does not fit: its tiles are of 64 nodes, in whole blocks of 128."""
+    generator = np.random.default_rng(0)
+    sizes = [*generator.integers(180, 250, 30), 255, 256, 300, 500]
+    trees = [token_tree([generator.integers(0, 99, size).tolist()]) for size in sizes]
+    alone = [train_dpo.row_starts([tree])[0] for tree in trees]
+    for size in (2, 8, 34):
+        for _ in range(10):
+            row = generator.permutation(34)[:size]
+            starts = train_dpo.row_starts([trees[number] for number in row])
+            for number, start in zip(row, starts, strict=True):
+                assert (start - alone[number]) % (128 if sizes[number] >= 256 else 64) == 0
+            spans = sorted((start, start + sizes[number]) for number, start in zip(row, starts, strict=True))
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "none lies on another"
+    assert len({start % 64 for start in alone}) > 20
+    assert spans[-1][1] < 1.08 * sum(sizes), "and few nodes lie between them"
 
 
 def replayed(function, sample, num_warmup_iters, pool):
