@@ -353,8 +353,8 @@ def test_the_speeds_of_the_results_are_those_that_were_measured():
     assert f"over all calls and hosts TRL's did {min(by_trl):.1f} to {max(by_trl):.1f}" in page
     again = [record for record in gpu if (record["backend"], record["trainer"], record["micro_batch"]) == ("unsloth", "shared", 16)]
     again = [record["pairs_per_second"] for record in again if not record["checkpointing"] and not record.get("cuda_graphs")]
-    assert len(again) == 2 and max(again) < rates["shared"]
-    assert f"three measurements at 16, here and in `gpu.json`, lie between {min(again):.1f} and {rates['shared']:.1f}" in page
+    assert len(again) == 2 and max(again) > rates["shared"]
+    assert f"three measurements at 16, here and in `gpu.json`, lie between {rates['shared']:.1f} and {max(again):.1f}" in page
     spent = json.loads(read("docs/results/profile.json"))
     said = "Of a micro-batch's {:.0f} ms matrix products take {:.0f}, attention {:.0f}, Unsloth's kernels for norm, rotary embedding and"
     said += " activation {:.0f}, unpacking weights {:.0f}, and for {:.0f} the GPU is idle"
@@ -403,7 +403,7 @@ def test_the_speeds_of_the_results_are_those_that_were_measured():
     def of(name, kind):
         return [value for record in differences for key, value in record.items() if name in key and key.endswith(kind)]
 
-    assert max(of("backends", "float32")) < 0.0003 and max(of("shared_prompt", "nats_float32")) < 0.0003
+    assert max(of("backends", "float32")) < 0.0002 and max(of("shared_prompt", "nats_float32")) < 0.0005
     backends, shared = of("backends", "bfloat16"), of("shared_prompt", "bfloat16")
     assert f"the backends by {min(backends):.1f} to {max(backends):.1f} nats a response" in page
     assert f"a shared prompt from plain passes by {min(shared):.2f} to {max(shared):.1f}" in page
@@ -413,6 +413,9 @@ def test_the_speeds_of_the_results_are_those_that_were_measured():
     all_runs = [json.loads(path.read_text(encoding="utf-8")) for path in (config.ROOT / "docs/results/runs").glob("*.run.json")]
     firsts = [run["first_loss"] for run in all_runs if run.get("stage") == "dpo" and run["settings"]["loss_type"] == "sigmoid"]
     assert 0.689 < min(firsts) < 0.69 and 0.698 < max(firsts) < 0.699, "between 0.689 and 0.699"
+    ours = [(record["backend"], record["losses"][0]) for record in gpu if record["trainer"] == "shared" and record["memory_cap_gb"] and "losses" in record]
+    by_trl = [record["losses"][0] for record in gpu if record["trainer"] == "stock" and "losses" in record]
+    assert [loss for _, loss in ours] + by_trl + two["training"]["1"]["loss"][:1] == pytest.approx([0.693147] * 5, abs=1e-6)
     assert runs["hf"] == pytest.approx(0.693147, abs=1e-6) and runs["from_base_hf"] == pytest.approx(0.693147, abs=1e-6)
     curves = json.loads(read("docs/results/curves.json"))
     assert curves["steps"] == len(curves["loss"]["stock"]) == 50 and curves["largest_difference"] < 1e-5
