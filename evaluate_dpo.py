@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 import config
+import train_dpo
 from config import EvaluationSettings, Settings, UserError
 from data.pairs import ORDERS, STEM, Movie, Pair, PairsError, ids_digest, preference_row, preference_rows, recommended
 from data.trees import Tree, ancestor_mask, pad_trees, token_tree
@@ -52,6 +53,8 @@ MEASURES = {  # name: (label, unit)
     "brier_score": ("Brier score of the decision", ""),
     "calibration_error": ("expected calibration error of the decision", ""),
 }
+LIMITS = {"%": (0, 100), "points": (-100, 100), "": (0, 1)}  # of a measure, by its unit
+WEIGHTS = "adapter_model.safetensors"
 COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # whose differences between arms are given
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
 MARGINS = ("decision_margin", "response_margin")
@@ -90,6 +93,9 @@ def evaluate(settings: EvaluationSettings, folder: Path) -> None:
     if source.resolve() != (folder / "predictions.csv").resolve():  # what lies here is of other predictions
         forget(folder, "predictions.csv", "generations.csv", "generation.json", "run.json")
         config.write_text(folder / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
+        for name, content in (("run.json", run), ("generation.json", generation)):  # or the next report would lack its mismatches
+            if content:
+                config.write_text(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     metrics = compute_metrics(predictions, settings.resamples, settings.seed)
     config.write_json(folder / "metrics.json", metrics)
     model = model_of(run)
@@ -157,7 +163,12 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
 
         PartialState(cpu=not config.cuda_present())  # joins the processes
     train, test = config.load_split(settings)
+    if len(test) < 2:
+        raise UserError(f"{len(test)} test users are too few for an interval", "Give more pairs, or raise --test_share.")
     adapters, mismatches = find_adapters(settings, ids_digest(test))
+    for precision in precisions(settings):  # what cannot be had is said before hours of scoring
+        config.load_tokenizer(precision)
+        config.check_base_model(precision.base_model)
     popularity = film_counts(train)
     nothing = np.full((len(test), 2), np.nan)
     parts = baseline_frames(train, test)
@@ -190,7 +201,7 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
                 prompts = [preference_row(pair, order)["prompt"] for pair, order in zip(asked, orders, strict=True)]
                 with timed(seconds, f"generating {run}"):
                     answers = generate_answers(model, tokenizer, prompts, settings.generate_samples, settings.seed, run)
-                generated.append(generation_rows(arm, seed, asked, orders, answers))
+                generated.append(generation_rows(arm, seed, asked, orders, answers, genre_pattern(train + test)))
         model = None  # before the next precision is loaded
     run = {
         "settings": dataclasses.asdict(settings),
@@ -201,6 +212,8 @@ def predict(settings: EvaluationSettings) -> tuple[pd.DataFrame, pd.DataFrame | 
         "processes": config.process_count(),
         "seconds": seconds,
         **config.environment_facts(),
+        "compute_dtype": str(scoring_dtype(settings.fast)).removeprefix("torch."),
+        "tensorfloat_32": settings.fast and config.cuda_present(),
     }
     return pd.concat(parts, ignore_index=True), pd.concat(generated) if generated else None, run
 
@@ -240,7 +253,8 @@ def generate_answers(
 
     torch.manual_seed(seed)
     answers: list[list[str]] = []
-    sampling = {"do_sample": False} if samples is None else {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+    sampling = {"do_sample": False} if samples is None else {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": None}
+    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}  # whatever the base model was published with
     samples = samples or 1
     step = max(1, (256 if config.cuda_present() else 64) // samples)
     starts = range(0, len(prompts), step)
@@ -260,20 +274,21 @@ def generate_answers(
     return answers
 
 
-def generation_rows(arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence[str], answers: Sequence[Sequence[str]]) -> pd.DataFrame:
-    """One row a generated answer: what it recommends, and whether it argues with that film's genres.
+def generation_rows(
+    arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence[str], answers: Sequence[Sequence[str]], genres: re.Pattern[str]
+) -> pd.DataFrame:
+    """One row a generated answer: what it recommends, and whether it argues with that film's genres, of those that `genres` finds.
 
     own_genre: a genre of the recommended film is cited before the answer turns to the other option.
     foreign_genre: a genre is cited there that neither film has. Both are false where nothing is recommended.
     """
-    pattern = genre_pattern(pairs)
     rows = []
     for pair, order, texts in zip(pairs, orders, answers, strict=True):
         films = {order: pair.preferred, ORDERS[1 - ORDERS.index(order)]: pair.other}
         for sample, text in enumerate(texts):
             letter = recommended(text)
             argument = re.split(rf"Option {ORDERS[1 - ORDERS.index(letter)]}\b", text)[0] if letter else ""
-            cited = set(pattern.findall(argument))
+            cited = set(genres.findall(argument))
             own = set(films[letter].genres) if letter else set()
             neither = cited - set(pair.preferred.genres) - set(pair.other.genres)
             answer = {"answer": letter or "", "own_genre": bool(cited & own), "foreign_genre": bool(neither), "text": text}
@@ -290,9 +305,9 @@ def genre_pattern(pairs: Sequence[Pair]) -> re.Pattern[str]:
 def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
     """Shares of the generated answers of one arm; what recommends no single option stays in every denominator.
 
-    repeat_consistency: mean over users of the share of their answers that agree with the most frequent one.
+    repeat_consistency: mean over users, and training runs, of the share of answers that agree with the most frequent one.
     """
-    agree = [users["answer"].value_counts().drop("", errors="ignore").max() / len(users) for _, users in rows.groupby("pair_id")]
+    agree = [asked["answer"].value_counts().drop("", errors="ignore").max() / len(asked) for _, asked in rows.groupby(["seed", "pair_id"])]
     return {
         "answers": len(rows),
         "repeat_consistency": number(float(np.mean(np.nan_to_num(agree)))),
@@ -337,8 +352,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
                 stage = arm if arm in ("sft", "dpo") else "dpo"
                 command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
                 raise UserError(f"no adapter of the arm {arm} at {folder}", f"Make it with: {command}; or give --adapters {arm}=FOLDER")
-            problem = config.adapter_problem(folder, settings, test_digest)
-            if problem and not (settings.allow_mismatch and (folder / "adapter_model.safetensors").is_file()):
+            problem = config.adapter_problem(folder, settings, test_digest) or of_another_stage(folder, arm)
+            if problem and not (settings.allow_mismatch and (folder / WEIGHTS).is_file()):
                 raise UserError(problem, "Give the settings that it was trained with, or --allow_mismatch true to go on and report it.")
             if not problem and not (folder / "run.json").is_file():
                 problem = f"{folder} came without run.json: whether it was trained on test pairs is not known"
@@ -346,9 +361,19 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
                 problem = f"{folder} began with an adapter without run.json: whether that was trained on test pairs is not known"
             mismatches += [problem] if problem else []
             seeds = adapters.setdefault(arm, {})
+            same = [known for known in seeds.values() if config.file_sha256(known / WEIGHTS) == config.file_sha256(folder / WEIGHTS)]
+            if same:
+                raise UserError(f"{arm}: {folder} holds the same weights as {same[0]}", "Give each training run once.")
             seed = config.trained_seed(folder)
             seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
     return adapters, mismatches
+
+
+def of_another_stage(folder: Path, arm: str) -> str:
+    """Why an adapter cannot be what its arm's name says, as its run.json tells the stage that trained it; "" if it can."""
+    named = "sft" if arm == "sft" or arm.startswith("sft_") else arm
+    stage = read_run(folder / "run.json").get("stage")
+    return f"{folder} is an adapter of {stage}, given as the arm {arm}" if {named, stage} == {"sft", "dpo"} else ""
 
 
 def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list[str]:
@@ -374,15 +399,21 @@ def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list
 
 
 def notes_on_training(bits: int, adapters: dict[str, dict[str, Path]]) -> list[str]:
-    """How adapters were made otherwise than a reader would think: in other bits, or DPO from another SFT than the one beside it."""
+    """How adapters were made otherwise than a reader would think: in other bits, the runs of an arm not alike, or DPO from another
+    SFT than the one beside it.
+    """
     notes = []
     for arm, folders in adapters.items():
         runs = [read_run(folder / "run.json") for folder in folders.values()]
         made_with = [run["settings"] for run in runs if isinstance(run.get("settings"), dict)]
+        known = [run for run in runs if run.get("settings") in made_with and run.get("stage") in train_dpo.OF_OTHER_STAGE]
+        decisive = [train_dpo.trained_settings(run["stage"], run["settings"]) for run in known]
+        others = sorted({name for one in decisive for name in one if one[name] != decisive[0].get(name)} - {"seed"})
+        notes += [f"the training runs of {arm} differ in {', '.join(others)}, not in their seed alone"] if others else []
         trained = {settings["bits"] for settings in made_with if isinstance(settings.get("bits"), int)}
         notes += [f"{arm} was trained on weights in {other} bits and is read here on weights in {bits}" for other in sorted(trained - {bits})]
         starts = {run.get("initial_adapter_sha256") for run in runs} - {None}
-        beside = {config.file_sha256(folder / "adapter_model.safetensors") for folder in adapters.get("sft", {}).values()} if starts else set()
+        beside = {config.file_sha256(folder / WEIGHTS) for folder in adapters.get("sft", {}).values()} if starts else set()
         if arm == "dpo" and beside and not starts <= beside:
             notes.append("dpo began with another SFT adapter than the arm sft")
     return notes
@@ -535,9 +566,17 @@ def baseline_frames(train: Sequence[Pair], test: Sequence[Pair]) -> list[pd.Data
 BASELINES = ("always A", "genre overlap", "co-occurrence", "popularity")
 
 
+def films_watched(train: Sequence[Pair]) -> dict[str, set[str]]:
+    """The titles that each training user watched, in the history or next, by the user's id."""
+    watched: dict[str, set[str]] = defaultdict(set)
+    for pair in train:
+        watched[pair.user_id].update((*pair.history, pair.preferred.title))
+    return watched
+
+
 def film_counts(train: Sequence[Pair]) -> Counter[str]:
-    """How many training users watched each title (in the history, or next)."""
-    return Counter(title for pair in train for title in (*pair.history, pair.preferred.title))
+    """How many training users watched each title."""
+    return Counter(title for titles in films_watched(train).values() for title in titles)
 
 
 def baseline_margins(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, np.ndarray]:
@@ -549,8 +588,7 @@ def baseline_margins(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, n
     watched = film_counts(train)
     genres = {film.title: set(film.genres) for pair in train for film in (pair.preferred, pair.other)}
     together: dict[str, Counter[str]] = defaultdict(Counter)
-    for pair in train:
-        titles = {*pair.history, pair.preferred.title}
+    for titles in films_watched(train).values():
         for title in titles:
             together[title].update(titles - {title})
 
@@ -654,8 +692,8 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 
 def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means over resampled seeds, (resamples,), from values of shape (resamples, seeds): the second level of the
-    bootstrap. With one seed nothing is drawn, and what training's randomness does is not in the interval.
+    """Means over resampled seeds, (resamples,) without those that are nan, from values of shape (resamples, seeds): the second
+    level of the bootstrap. With one seed nothing is drawn, and what training's randomness does is not in the interval.
 
     Two corrections keep intervals of few seeds honest (tests/benchmarks/simulation.py). Resampling k seeds shows
     a variance too small by (k - 1) / k, and the tails of a normal distribution where few values have Student's:
@@ -665,9 +703,11 @@ def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
     """
     from scipy.stats import norm, t
 
+    if not np.isnan(values).all():
+        values = values[~np.isnan(values).any(axis=1)]  # a resample without users that the measure is of
     resamples, seeds = values.shape
     mean = values.mean(axis=1)
-    if seeds == 1:
+    if seeds == 1 or resamples < 2:
         return mean
     covariance = np.cov(values.T)
     own_noise = np.diag(covariance).mean() - covariance[~np.eye(seeds, dtype=bool)].mean()
@@ -830,7 +870,7 @@ def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dic
                 continue
             value = scale * np.mean([reduce_columns(name, columns[name].mean(axis=0)) for columns in by_seed])
             drawn = np.stack([scale * reduce_columns(name, part[name]) for part in split], axis=1)
-            found[name] = estimate(value, over_seeds(drawn, seed))
+            found[name] = estimate(name, value, over_seeds(drawn, seed))
             if name in COMPARED:
                 samples.setdefault(arm, {})[name] = drawn
         accuracy[arm] = np.mean([columns["ranking_accuracy"][:, 0] for columns in by_seed], axis=0)
@@ -908,10 +948,19 @@ def margins(rows: pd.DataFrame, name: str, users: pd.Series) -> np.ndarray:
     return wide.reindex(index=users, columns=list(ORDERS)).to_numpy(dtype=float)
 
 
-def estimate(value: float, samples: np.ndarray) -> dict[str, float | None]:
+def estimate(name: str, value: float, samples: np.ndarray) -> dict[str, float | None]:
+    """A measure's value and the percentile interval of its samples, within the measure's limits.
+
+    The calibration error sums absolute values, which chance raises, and in a resample raises once more: percentiles would lie
+    above the truth. Its interval is the basic bootstrap's, their reflection at the value (Davison & Hinkley 1997, ch. 5), as far
+    as the value at least.
+    """
     if math.isnan(value):
         return {"value": None, "low": None, "high": None}
     low, high = percentile_interval(samples[~np.isnan(samples)])
+    if name == "calibration_error":
+        low, high = 2 * value - high, max(value, 2 * value - low)
+    low, high = np.clip((low, high), *LIMITS.get(MEASURES[name][1], (-math.inf, math.inf)))
     return {"value": number(value), "low": number(low), "high": number(high)}
 
 
@@ -1068,8 +1117,11 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
             found.append(f"dpo is better than sft and worse than {arm} ({interval_text(also)} points): what it gains, SFT alone can gain too")
         elif also["low"] <= 0 < difference["low"]:
             found.append(f"dpo is better than sft but not clearly than {arm} ({interval_text(also)} points): SFT alone may do as well")
-    if max(arms[arm]["seeds"] for arm in ("sft", "dpo")) == 1:
+    once = [arm for arm in ("sft", "dpo", *sft_controls(metrics)) if arms[arm]["seeds"] == 1]
+    if {"sft", "dpo"} <= set(once):
         found.append("one training run an arm: what another seed would give is not in the interval")
+    elif once:
+        found.append(f"one training run of {' and of '.join(once)}: what another seed would give there is not in the intervals")
     return found
 
 

@@ -87,7 +87,7 @@ def made_otherwise(sft_adapter: Path, settings: TrainingSettings) -> str:
     """What an SFT adapter that is there was trained with and the settings have otherwise, in words."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         had = json.loads((sft_adapter / RUN).read_text(encoding="utf-8"))["settings"]
-        asked = trained_settings("sft", settings)
+        asked = trained_settings("sft", vars(settings))
         if others := differing(asked | had, asked):
             return f"; it was trained with {others}"
     return ""
@@ -263,7 +263,7 @@ OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type"
 def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
     """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
     adapter_sha256 = config.file_sha256(initial_adapter / "adapter_model.safetensors")[:12] if initial_adapter else None
-    return trained_settings(stage, settings) | {
+    return trained_settings(stage, vars(settings)) | {
         "sha256 of the pairs": split["pairs_sha256"][:12],
         "sha256 of the SFT adapter": adapter_sha256,
         "backend": config.backend_of(settings),
@@ -272,9 +272,9 @@ def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], 
     }
 
 
-def trained_settings(stage: str, settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that decide what a stage trains."""
-    return {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's settings those that decide what a stage trains."""
+    return {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -421,7 +421,6 @@ def build_trainer(
     initial adapter, a frozen copy of it (which TRL makes of any PeftModel). At the first step policy and
     reference are equal and the loss is ln 2.
     """
-    import torch
     from datasets import Dataset
     from peft import PeftModel
     from transformers import ProgressCallback
@@ -442,8 +441,8 @@ def build_trainer(
         rows, validation_rows = (
             [{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, validation_rows)
         )
-    rounding = settings.beta if shared and config.training_dtype() != torch.float32 else 1e-3  # a nat, remembered in bfloat16
-    health = training_health(stage, rounding)
+    # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
+    health = training_health(stage, settings.beta if shared and settings.bits == 8 else 1e-3)
     kind = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage]
     trainer = (shared_prompt_trainer(in_one_row(settings), bool(settings.cuda_graphs)) if shared else kind)(
         model=model,
@@ -863,6 +862,7 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
             precompute_ref_log_probs=False,
             **shared,
         )
+    made.mixed_precision = "bf16" if made.bf16 else "no"  # whatever an accelerate configuration asks for
     made._n_gpu = min(made.n_gpu, 1)  # without a launcher a second GPU would get rows of its own: another effective batch
     return made
 
@@ -938,7 +938,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
                     raise UserError(
                         f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin {margin:.4f} and not "
                         "0: the reference is not the policy that training starts from",
-                        "Check --init and --sft_adapter.",
+                        "Check --init and --sft_adapter; where the card rounds a row by what is beside it, give --trainer stock.",
                     )
 
     return TrainingHealth()
@@ -1051,7 +1051,7 @@ def check_sharing(final: Path, settings: TrainingSettings, test_digest: str) -> 
     if final.is_dir() and (settings.push_to_hub or settings.merge):
         problem = config.adapter_problem(final, settings, test_digest)
         if not problem and (final / RUN).is_file():
-            trained, asked = json.loads((final / RUN).read_text(encoding="utf-8"))["settings"], trained_settings(stage, settings)
+            trained, asked = json.loads((final / RUN).read_text(encoding="utf-8"))["settings"], trained_settings(stage, vars(settings))
             others = differing(asked | trained, asked)  # a setting that is newer than the run is no difference
             problem = f"{final} was trained with {others}" if others else ""
         if problem:
@@ -1183,6 +1183,7 @@ def run_checks(
     checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
 
     tokenizer = config.load_tokenizer(settings)
+    config.check_base_model(settings.base_model)
     parameters = config.parameter_count(settings.base_model)
     needed = 1.5 + parameters * settings.bits / 8 * 1.3 / GIGABYTE
     free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
@@ -1210,8 +1211,25 @@ def run_checks(
         folder = config.adapter_folder(settings, stage)
         plan = f"{steps:,} steps of {settings.effective_batch}; {folder} {'is there' if folder.is_dir() else 'is not there yet'}"
         checks.append((stage, plan, ""))
-    checks.append(starting_point(settings, ids_digest(test)))
+    checks += [starting_point(settings, ids_digest(test)), libraries_settings(settings)]
     return checks
+
+
+def libraries_settings(settings: TrainingSettings) -> Check:
+    """Whether the libraries know the optimiser, the schedule and the tracker that are named, which they else say in a traceback."""
+    import torch
+    from transformers import get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
+
+    named = f"{settings.optim}, {settings.lr_scheduler}, reports to {settings.report_to}"
+    try:
+        steps = trainer_arguments("dpo", settings, 1)
+        dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        get_scheduler(steps.lr_scheduler_type, dummy, num_warmup_steps=settings.warmup_steps, num_training_steps=2 + settings.warmup_steps)
+    except (ValueError, TypeError, ImportError) as error:
+        return ("trainer", config.printable(str(error).strip().partition("\n")[0]), "Give another --optim or --lr_scheduler.")
+    missing = {*steps.report_to} - {*get_available_reporting_integrations()}
+    return ("trainer", named, f"Install {', '.join(sorted(missing))}, or give --report_to none." if missing else "")
 
 
 def starting_point(settings: TrainingSettings, test_digest: str) -> Check:
@@ -1225,6 +1243,10 @@ def starting_point(settings: TrainingSettings, test_digest: str) -> Check:
     if problem:
         return ("DPO starts from", problem, "Train it with --stage sft, or give --sft_adapter.")
     lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kind = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save") if lora.get(name)]
+    kind += sorted(config.adapted_layers(folder) - {*config.LORA_TARGETS})
+    if kind:
+        return ("DPO starts from", f"{folder}, an adapter with {', '.join(kind)}", "Train SFT with --stage sft: DPO goes on with plain LoRA.")
     found = {"lora_rank": lora.get("r"), "lora_alpha": lora.get("lora_alpha")}  # DPO goes on with them
     other = " ".join(f"--{name} {value}" for name, value in found.items() if value != getattr(settings, name))
     return ("DPO starts from", f"{folder}{f', which has {other}' if other else ''}", f"Give {other}, or train SFT anew." if other else "")

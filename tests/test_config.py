@@ -12,6 +12,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401  before a test let
 from safetensors.torch import save_file
 
 import config
+import evaluate_dpo
+import train_dpo
 from config import EvaluationSettings, TrainingSettings, UserError, parse_settings, preset_settings
 
 
@@ -188,6 +190,18 @@ def test_help_and_errors_on_the_command_line(script, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
     assert len(wrong.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("script", [train_dpo, evaluate_dpo])
+def test_a_base_model_that_caps_its_logits_is_refused(script, flags, tiny_model, tmp_path, monkeypatch):
+    """Scores would leave that out, policy and reference alike: the first loss would be ln 2 all the same."""
+    shutil.copytree(tiny_model, tmp_path / "capped")
+    shape = json.loads((tmp_path / "capped" / "config.json").read_text())
+    (tmp_path / "capped" / "config.json").write_text(json.dumps(shape | {"final_logit_softcapping": 30.0}))
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate_dpo, "find_adapters", lambda *_: ({}, []))
+    with pytest.raises(UserError, match="scales or caps its logits .final_logit_softcapping 30.0."):
+        script.main([*flags, "--base_model", str(tmp_path / "capped")])
 
 
 def test_an_adapter_of_other_settings_is_a_problem(tmp_path):

@@ -135,7 +135,7 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
 
 
-def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags, flags, tmp_path):
+def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags, flags, tmp_path, monkeypatch):
     train_dpo.main(training_flags)
     evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16"])
     metrics = json.loads((tmp_path / "outputs" / "evaluation" / "metrics.json").read_text())
@@ -149,21 +149,33 @@ def test_a_second_precision_is_scored_and_compared_with_the_first(training_flags
     assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
     with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
         config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])
+    monkeypatch.setattr(config, "original_name", lambda name: "nowhere")
+    monkeypatch.setattr(config, "adapter_problem", lambda *_: "")
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("hours of scoring would be lost"))
+    with pytest.raises(UserError, match="cannot load the base model nowhere"):
+        evaluate_dpo.main([*flags, "--second_bits", "16"])
 
 
 def test_other_arms_can_be_evaluated_without_the_usual_two(training_flags, flags, tmp_path):
-    train_dpo.main([*training_flags, "--stage", "sft"])
-    folder = config.adapter_folder(config.parse_settings(EvaluationSettings, flags), "sft")
+    train_dpo.main(training_flags)
+    sft, dpo = (config.adapter_folder(config.parse_settings(EvaluationSettings, flags), stage) for stage in ("sft", "dpo"))
     elsewhere = [*flags, "--outputs", str(tmp_path / "elsewhere")]
 
     def arms(*adapters):
         settings = config.parse_settings(EvaluationSettings, [*elsewhere, "--adapters", *adapters])
         return [*evaluate_dpo.find_adapters(settings, ids_digest(config.load_split(settings)[1]))[0]]
 
-    assert arms(f"other={folder}") == ["other"]
-    assert arms(f"sft={folder}", f"dpo={folder}", f"other={folder}") == ["sft", "dpo", "other"]
+    assert arms(f"other={dpo}") == ["other"]
+    assert arms(f"sft={sft}", f"dpo={dpo}", f"other={dpo}") == ["sft", "dpo", "other"]
     with pytest.raises(UserError, match="no adapter of the arm dpo"):
-        arms(f"sft={folder}", f"other={folder}")
+        arms(f"sft={sft}", f"other={dpo}")
+    for wrong in (f"dpo={sft}", f"sft_long={dpo}"):
+        with pytest.raises(UserError, match="is an adapter of (sft, given as the arm dpo|dpo, given as the arm sft_long)"):
+            arms(f"sft={sft}", *[f"dpo={dpo}"][: not wrong.startswith("dpo")], wrong)
+    with pytest.raises(UserError, match="holds the same weights as"):
+        arms(f"sft={sft}", f"dpo={dpo},{dpo}")
+    with pytest.raises(UserError, match="--adapters is given twice"):
+        arms(f"sft={sft}", "--adapters", f"dpo={dpo}")
 
 
 def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flags, tmp_path, capsys):
@@ -179,6 +191,10 @@ def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flag
     assert capsys.readouterr().out.count("\nmismatch: ") == 2, "made anew from its predictions"
     report = (evaluation / "report.md").read_text()
     assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
+    for outputs, source in ((tmp_path / "one", evaluation), (tmp_path / "two", tmp_path / "one" / "evaluation")):
+        evaluate_dpo.main([*flags, "--resamples", "20", "--outputs", str(outputs), "--from_predictions", str(source / "predictions.csv")])
+        assert capsys.readouterr().out.count("\nmismatch: ") == 2, "what is known of them goes with them"
+        assert "| dpo | 0.5 |" in (outputs / "evaluation" / "report.md").read_text()
     config.write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*flags, "--resamples", "20", "--from_predictions", str(evaluation / "predictions.csv")])
     assert "mismatch: " not in capsys.readouterr().out, "somebody's run.json may say anything"
@@ -190,6 +206,15 @@ def test_an_adapter_of_another_split_is_refused_or_reported(training_flags, flag
 def test_what_dpo_began_with_is_noted(training_flags, flags, tmp_path):
     train_dpo.main(training_flags)
     sft, dpo = (config.adapter_folder(config.parse_settings(EvaluationSettings, flags), stage) for stage in ("sft", "dpo"))
+    runs = {}
+    for seed, changes in {"1": {}, "2": {"seed": 2, "outputs": "elsewhere"}, "3": {"beta": 0.5}}.items():
+        (tmp_path / seed).mkdir()
+        run = json.loads((dpo / "run.json").read_text())
+        config.write_json(tmp_path / seed / "run.json", run | {"settings": run["settings"] | changes})
+        runs[seed] = tmp_path / seed
+    assert evaluate_dpo.notes_on_training(4, {"dpo": runs}) == ["the training runs of dpo differ in beta, not in their seed alone"]
+    runs.pop("3")
+    assert evaluate_dpo.notes_on_training(4, {"dpo": runs}) == []
     adapters = {"sft": {"1": sft}, "dpo": {"1": dpo}}
     assert evaluate_dpo.notes_on_training(4, adapters) == []
     assert [note.partition(" was trained on weights in 4 bits")[0] for note in evaluate_dpo.notes_on_training(16, adapters)] == ["sft", "dpo"]
@@ -403,14 +428,17 @@ def test_generated_answers_are_read_by_what_they_recommend_and_cite():
         "Option A and Option B are both good.",
         "I like films.",
     ]
-    rows = evaluate_dpo.generation_rows("dpo", "1", [pair], ["A"], [texts])
+    rows = evaluate_dpo.generation_rows("dpo", "1", [pair], ["A"], [texts], evaluate_dpo.genre_pattern([pair]))
     assert list(rows["answer"]) == ["A", "B", "", ""]
     assert list(rows["own_genre"]) == [True, False, False, False]
     assert not rows["foreign_genre"].any()
+    torn = [rows.assign(seed=seed, answer=answer) for seed, answer in (("1", "A"), ("2", "B"))]
+    assert evaluate_dpo.generation_measures(pd.concat(torn))["repeat_consistency"] == 1, "each run agrees with itself"
     found = evaluate_dpo.generation_measures(rows)
     assert (found["parsed"], found["right"], found["repeat_consistency"], found["cites_own_genre"]) == (0.5, 0.25, 0.25, 0.25)
     stranger = make_pairs(8)
-    rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [["Option A. War and Sci-Fi."] for _ in stranger])
+    genres = evaluate_dpo.genre_pattern(make_pairs(60))
+    rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [["Option A. War and Sci-Fi."] for _ in stranger], genres)
     wanted = [bool({"War", "Sci-Fi"} - {*pair.preferred.genres, *pair.other.genres}) for pair in stranger]
     assert list(rows["foreign_genre"]) == wanted
 
@@ -457,10 +485,49 @@ def test_seeds_widen_the_interval_by_their_spread(tmp_path):
     assert value["value"] == pytest.approx(100 * np.mean([(run[:, 0] > 0).mean() for run in runs]))
     width = {name: found["comparisons"]["dpo - sft"]["high"] - found["comparisons"]["dpo - sft"]["low"] for name, found in (("many", many), ("one", one))}
     assert width["many"] > 1.5 * width["one"]
-    assert not any("one training run" in caveat for caveat in many["caveats"])
+    assert [caveat for caveat in many["caveats"] if "one training run" in caveat] == [
+        "one training run of sft: what another seed would give there is not in the intervals"
+    ]
     evaluate_dpo.plot_all(pd.concat(rows), many, tmp_path)
     assert (tmp_path / "seeds.pdf").exists()
     assert any("one training run" in caveat for caveat in one["caveats"])
+
+
+def test_the_spread_of_seeds_counts_where_a_resample_has_no_user_of_a_kind():
+    """As of users whose preferred film is the less popular one, where there are few."""
+    values = np.random.default_rng(0).normal([60, 70, 80], 1, (2000, 3))
+    some = values.copy()
+    some[::100] = np.nan
+    spread = [np.ptp(evaluate_dpo.percentile_interval(evaluate_dpo.over_seeds(part, 1))) for part in (values, some)]
+    assert spread[1] == pytest.approx(spread[0], rel=0.1) and spread[0] > 20
+    assert np.isnan(evaluate_dpo.over_seeds(np.full((9, 3), np.nan), 1)).all()
+
+
+def test_no_interval_leaves_what_a_measure_can_be():
+    rows = pd.concat([predictions_of(dpo=np.full((40, 2), margin)).assign(seed=str(seed)) for seed, margin in enumerate((1.0, 1.0, -1.0))])
+    found = evaluate_dpo.compute_metrics(rows, 500, 0)["arms"]["dpo"]
+    accuracy, brier = found["ranking_accuracy"], found["brier_score"]
+    assert (accuracy["low"], accuracy["high"], brier["low"]) == (0, 100, 0)
+    assert found["decision_margin"]["low"] < -1, "a margin has no limits"
+
+
+def test_the_interval_of_the_calibration_error_is_about_the_error():
+    """A resample adds to it what chance had added already: percentiles of resamples lie above the truth."""
+    random = np.random.default_rng(3)
+    many = random.normal(0, 1.2, 1_000_000)
+    truth = np.abs(evaluate_dpo.expit(many) - evaluate_dpo.expit(many / 1.5)).mean()  # of an arm that is too sure
+    covered = 0
+    for _ in range(100):
+        towards_a = random.normal(0, 1.2, 1000)
+        right = random.random(1000) < evaluate_dpo.expit(towards_a / 1.5)
+        decision = np.column_stack([towards_a[right][:200], -towards_a[~right][:200]])
+        columns = evaluate_dpo.calibration_columns(decision)
+        value = evaluate_dpo.reduce_columns("calibration_error", columns.mean(axis=0))
+        samples = evaluate_dpo.reduce_columns("calibration_error", evaluate_dpo.bootstrap_means(columns, 300, 0))
+        found = evaluate_dpo.estimate("calibration_error", value, samples)
+        assert found["low"] <= found["value"] <= found["high"]
+        covered += found["low"] <= truth <= found["high"]
+    assert covered >= 80, "by percentiles 8 of 100"
 
 
 def test_intervals_cover_the_truth_and_chance_is_not_called_support():
@@ -560,6 +627,14 @@ def test_baselines_on_the_real_pairs():
     assert accuracy["popularity"] == pytest.approx(0.83, abs=0.02)
     assert 0.7 < accuracy["co-occurrence"] < 0.8
     assert 0.6 < accuracy["genre overlap"] < 0.75
+
+
+def test_a_user_with_several_pairs_counts_once():
+    pairs = make_pairs(3)
+    more = [*pairs, pairs[0]]
+    assert evaluate_dpo.film_counts(more) == evaluate_dpo.film_counts(pairs)
+    together = [evaluate_dpo.baseline_margins(part, pairs)["co-occurrence"].tolist() for part in (more, pairs)]
+    assert together[0] == together[1]
 
 
 def test_baselines_are_fitted_on_the_training_part_only():

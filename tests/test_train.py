@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import config
@@ -195,6 +195,9 @@ def test_check_tells_what_was_found_and_writes_nothing(training_flags, tmp_path,
         (["--sft_adapter", "nowhere"], "there is no adapter at nowhere"),
         (["--pairs", "nowhere.jsonl"], "no pairs file nowhere.jsonl"),
         (["--base_model", "nowhere"], "cannot load the base model nowhere"),
+        (["--optim", "adamw"], "trainer: adamw is not a valid OptimizerNames"),
+        (["--lr_scheduler", "cosine_with_min_lr"], "trainer: One of min_lr or min_lr_rate .*\nGive another --optim or --lr_scheduler"),
+        (["--report_to", "wandb"], "trainer: .*\nInstall wandb, or give --report_to none"),
     ],
 )
 def test_a_run_that_cannot_work_ends_before_the_model_is_loaded(training_flags, extra, problem, tmp_path, monkeypatch):
@@ -297,6 +300,32 @@ def test_weights_that_are_unpacked_once_are_those_of_4_bits(tiny_model, tmp_path
     torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     torch.testing.assert_close(gradient, 2 * out @ weights)
     assert (gradient - rounded).norm() < 0.01 * gradient.norm(), "bitsandbytes' backward pass rounds weights to what is stored"
+
+
+def test_what_is_computed_in_is_not_left_to_accelerate(training_flags, monkeypatch):
+    """Its configuration may ask for fp16, in which run.json would not be what was trained."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    settings = config.parse_settings(config.TrainingSettings, training_flags)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(config, "training_dtype", lambda dtype=dtype: dtype)
+        found[dtype] = train_dpo.trainer_arguments("dpo", settings, 2).mixed_precision
+    assert found == {torch.float32: "no", torch.bfloat16: "bf16"}
+
+
+def test_dpo_starts_from_plain_lora_alone(training_flags):
+    """Unsloth would make other layers of the rest, and the shared trainer leaves out what is on the output layer."""
+    train_dpo.main([*training_flags, "--stage", "sft"])
+    [folder] = Path(config.parse_settings(config.TrainingSettings, training_flags).outputs).glob("*_sft_*_final")
+    lora = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(lora | {"use_rslora": True}))
+    with pytest.raises(UserError, match="an adapter with use_rslora\nTrain SFT with --stage sft"):
+        train_dpo.main([*training_flags, "--stage", "dpo"])
+    (folder / "adapter_config.json").write_text(json.dumps(lora))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights | {"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 64)}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="an adapter with lm_head"):
+        train_dpo.main([*training_flags, "--stage", "dpo"])
 
 
 def test_one_process_trains_on_one_gpu(monkeypatch):
