@@ -9,6 +9,7 @@ saved in the `run.json` of what it made.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -331,7 +332,11 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     if preset is None:
         preset, reason = ("thesis", " (CUDA is present)") if cuda_present() else ("small", " (no CUDA device)")
     names = [setting.name for setting in dataclasses.fields(kind)]
-    parser = HfArgumentParser(kind, allow_abbrev=False)
+    shown = f"Defaults are those of the preset {preset}{reason}; docs/hyperparameters.md has those of both."
+    parser = HfArgumentParser(kind, allow_abbrev=False, epilog=shown)
+    for action in parser._actions:
+        if any(option.startswith("--no_") for option in action.option_strings):
+            action.help = argparse.SUPPRESS  # made by HfArgumentParser, with the help of what it is the opposite of
     parser.error = lambda message: _refuse_setting(message)  # argparse would print its whole usage
     of_preset = {name: value for name, value in PRESETS.get(preset, {}).items() if name in names}
     parser.set_defaults(**of_preset | dict.fromkeys(nulls))

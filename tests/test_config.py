@@ -185,7 +185,8 @@ def test_help_and_errors_on_the_command_line(script, tmp_path):
     def run(*flags: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, config.ROOT / script, *flags], capture_output=True, text=True, cwd=tmp_path)
 
-    assert "--base_model" in run("--help").stdout
+    shown = run("--help").stdout
+    assert "--base_model" in shown and "Defaults are those of the preset small" in shown and "--no_" not in shown
     wrong = run("--bits", "3")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr

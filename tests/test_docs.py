@@ -334,6 +334,9 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     with_reference = large["stock"]["pairs_per_second"] * large["shared"]["ratio_to_stock_with_reference_pass"]
     assert large["unsloth"]["checkpointing"] and large["stock"]["checkpointing"] and not large["shared"]["checkpointing"]
     assert small["shared"]["cuda_graphs"] and {record["peak_memory_gb"] < 24 for record in large.values()} == {True}
+    gpu = [record for record in json.loads(read("docs/results/gpu.json")) if record["effective_batch"] == 8 and "losses" in record]
+    ours, stock = (max(r["pairs_per_second"] for r in gpu if (r["backend"], r["trainer"]) == ("unsloth", kind)) for kind in ("shared", "stock"))
+    assert f"does {ours:.0f} pairs a second with the preset's batch of 8, Unsloth's stock trainer {stock:.0f}." in " ".join(read("README.md").split())
     said = "does {:.0f} pairs a second ({:.0f} in the epoch that computes the reference, too); with checkpointing, which they need there,"
     said += " Unsloth's stock trainer does {:.0f} and TRL's with transformers {:.1f}. On the small model, whose passes are CUDA graphs, it"
     said += " does {:.0f}, {:.1f} times as many as TRL's trainer ({:.1f} times in the epoch that computes the reference)"
@@ -533,8 +536,15 @@ def test_what_is_said_of_the_ablations_is_what_their_file_holds():
     assert len(longer) == 11 and level.keys() == {"rate_x3.2", "rank_64"} and all(map(undecided, level.values()))
     said = "in nine rows of eleven. Level with it are DPO at 3.2 times its rate, {}, and at LoRA rank 64, {},"
     assert said.format(*(with_interval(level[study]) for study in ("rate_x3.2", "rank_64"))) in page
-    assert f"DPO drew level with eight epochs of SFT ({with_interval(level['rate_x3.2'])}, one run)" in page
-    assert f"drew level with that SFT ({with_interval(level['rate_x3.2'], '{value:+.1f} points, {low:+.1f} to {high:+.1f}')})" in readme
+    assert f"DPO drew level with eight epochs of SFT ({with_interval(level['rate_x3.2'])}, one run, and an SFT of 78.7%, the least of four such" in page
+    assert f"drew level with such an SFT ({with_interval(level['rate_x3.2'], '{value:+.1f} points, {low:+.1f} to {high:+.1f}')})" in readme
+    of_seed = []
+    for name, (column, wanted) in {"ablations": ("study", "same"), "predictions": ("seed", 3407)}.items():
+        rows = pd.read_csv(config.ROOT / "docs" / "results" / f"{name}.csv.gz")
+        rows = rows[(rows["history"] == "own") & (rows[column] == wanted)]
+        of_seed += [100 * (rows.loc[rows["arm"] == arm, "decision_margin"] > 0).mean() for arm in ("sft", "dpo", "sft_long")]
+    said = "rank {:.1f}, {:.1f} and {:.1f}% right here, where the study's runs of that seed have {:.1f}, {:.1f} and {:.1f}%"
+    assert said.format(*of_seed) in page
     more, less = (ablations["where the preferred film is"][f"{which} popular"]["dpo - sft"] for which in ("more", "less"))
     assert undecided(less) and f"DPO gains {with_interval(more, '{value:.1f} points ({low:+.1f} to {high:+.1f})')} over the SFT" in page
     assert f"no gain is shown ({with_interval(less, plain)})" in page

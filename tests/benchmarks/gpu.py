@@ -339,11 +339,12 @@ def in_own_process(case: dict) -> dict:
 
 
 def as_table(records: list[dict]) -> str:
-    columns = ["device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb"]
+    columns = ["device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb", "first_loss"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
         cells[columns.index("backend")] += "".join(f", {record[name]}" for name in ("kernels", "optim") if name in record)
+        cells[columns.index("first_loss")] = f"{record['losses'][0]:.4f}" if "losses" in record else "-"
         cells[columns.index("memory_cap_gb")] = str(record.get("memory_cap_gb") or "none")
         cells[columns.index("trainer")] += ", CUDA graphs" if record.get("cuda_graphs") else ""
         lines.append("| " + " | ".join(cells) + " |")
