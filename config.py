@@ -556,6 +556,19 @@ def _run_problem(folder: Path, settings: Settings, test_digest: str) -> str:
     return ""
 
 
+# These don't change what is trained, or are known by their content; a new setting counts.
+NOT_TRAINED = {
+    *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
+    *("gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps", "report_to", "push_to_hub", "merge"),
+}
+OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
+
+
+def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's settings those that decide what a stage trains."""
+    return {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+
+
 def trained_seed(folder: Path) -> str:
     """The seed that an adapter was trained with, "" where its folder does not say."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 import config
-import train_dpo
 from config import EvaluationSettings, Settings, UserError
 from data.pairs import ORDERS, STEM, Movie, Pair, PairsError, ids_digest, preference_row, preference_rows, recommended
 from data.trees import Tree, ancestor_mask, pad_trees, token_tree
@@ -373,7 +372,7 @@ def of_another_stage(folder: Path, arm: str) -> str:
     """Why an adapter cannot be what its arm's name says, as its run.json tells the stage that trained it; "" if it can."""
     named = "sft" if arm == "sft" or arm.startswith("sft_") else arm
     stage = read_run(folder / "run.json").get("stage")
-    return f"{folder} is an adapter of {stage}, given as the arm {arm}" if {named, stage} == {"sft", "dpo"} else ""
+    return f"{folder} is an adapter of {stage}, given as the arm {arm}" if (named, stage) in (("sft", "dpo"), ("dpo", "sft")) else ""
 
 
 def notes_on(test: Sequence[Pair], adapters: dict[str, dict[str, Path]]) -> list[str]:
@@ -406,8 +405,8 @@ def notes_on_training(bits: int, adapters: dict[str, dict[str, Path]]) -> list[s
     for arm, folders in adapters.items():
         runs = [read_run(folder / "run.json") for folder in folders.values()]
         made_with = [run["settings"] for run in runs if isinstance(run.get("settings"), dict)]
-        known = [run for run in runs if run.get("settings") in made_with and run.get("stage") in train_dpo.OF_OTHER_STAGE]
-        decisive = [train_dpo.trained_settings(run["stage"], run["settings"]) for run in known]
+        known = [run for run in runs if run.get("settings") in made_with and run.get("stage") in ("sft", "dpo")]
+        decisive = [config.trained_settings(run["stage"], run["settings"]) for run in known]
         others = sorted({name for one in decisive for name in one if one[name] != decisive[0].get(name)} - {"seed"})
         notes += [f"the training runs of {arm} differ in {', '.join(others)}, not in their seed alone"] if others else []
         trained = {settings["bits"] for settings in made_with if isinstance(settings.get("bits"), int)}

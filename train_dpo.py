@@ -87,7 +87,7 @@ def made_otherwise(sft_adapter: Path, settings: TrainingSettings) -> str:
     """What an SFT adapter that is there was trained with and the settings have otherwise, in words."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         had = json.loads((sft_adapter / RUN).read_text(encoding="utf-8"))["settings"]
-        asked = trained_settings("sft", vars(settings))
+        asked = config.trained_settings("sft", vars(settings))
         if others := differing(asked | had, asked):
             return f"; it was trained with {others}"
     return ""
@@ -252,29 +252,18 @@ def row_tokens(stage: str, settings: TrainingSettings, rows: list[dict[str, str]
 
 WHOLE = "whole.json"  # written last into a checkpoint: the sha256 of each of its files
 RUN = "run.json"  # beside the checkpoints: what they are checkpoints of
-# These don't change what is trained, or are known by their content; a new setting counts.
-NOT_TRAINED = {
-    *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size", "gpu_memory_gb"),
-    *("gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps", "report_to", "push_to_hub", "merge"),
-}
-OF_OTHER_STAGE = {"sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"}, "dpo": {"sft_epochs", "sft_learning_rate"}}
 
 
 def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
     """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
     adapter_sha256 = config.file_sha256(initial_adapter / "adapter_model.safetensors")[:12] if initial_adapter else None
-    return trained_settings(stage, vars(settings)) | {
+    return config.trained_settings(stage, vars(settings)) | {
         "sha256 of the pairs": split["pairs_sha256"][:12],
         "sha256 of the SFT adapter": adapter_sha256,
         "backend": config.backend_of(settings),
         "compute dtype": str(config.training_dtype()),
         "processes": config.process_count(),
     }
-
-
-def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's settings those that decide what a stage trains."""
-    return {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -1051,7 +1040,8 @@ def check_sharing(final: Path, settings: TrainingSettings, test_digest: str) -> 
     if final.is_dir() and (settings.push_to_hub or settings.merge):
         problem = config.adapter_problem(final, settings, test_digest)
         if not problem and (final / RUN).is_file():
-            trained, asked = json.loads((final / RUN).read_text(encoding="utf-8"))["settings"], trained_settings(stage, vars(settings))
+            trained = json.loads((final / RUN).read_text(encoding="utf-8"))["settings"]
+            asked = config.trained_settings(stage, vars(settings))
             others = differing(asked | trained, asked)  # a setting that is newer than the run is no difference
             problem = f"{final} was trained with {others}" if others else ""
         if problem:

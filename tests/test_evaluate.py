@@ -213,7 +213,9 @@ def test_what_dpo_began_with_is_noted(training_flags, flags, tmp_path):
         config.write_json(tmp_path / seed / "run.json", run | {"settings": run["settings"] | changes})
         runs[seed] = tmp_path / seed
     assert evaluate_dpo.notes_on_training(4, {"dpo": runs}) == ["the training runs of dpo differ in beta, not in their seed alone"]
-    runs.pop("3")
+    config.write_json(runs.pop("3") / "run.json", {"stage": ["dpo"], "settings": {"beta": 1}})
+    assert evaluate_dpo.of_another_stage(tmp_path / "3", "sft") == "", "somebody's run.json may say anything"
+    assert evaluate_dpo.notes_on_training(4, {"dpo": {"3": tmp_path / "3"}}) == []
     assert evaluate_dpo.notes_on_training(4, {"dpo": runs}) == []
     adapters = {"sft": {"1": sft}, "dpo": {"1": dpo}}
     assert evaluate_dpo.notes_on_training(4, adapters) == []
