@@ -236,8 +236,8 @@ def test_gradients_of_zero_stop_the_run(sft_flags, monkeypatch):
 
 def test_a_first_dpo_loss_that_is_not_ln_2_stops_the_run(training_flags, monkeypatch):
     """The mean reward margin is 0, and the loss is not: as where rows are mixed up with others' references."""
-    with pytest.raises(UserError, match="the first loss is 0.7931 .sigmoid: ln 2 = 0.6931.*reference is not the policy"):
-        train_tampered(monkeypatch, [*training_flags, "--stage", "dpo", "--init", "base"], tamper_loss(lambda loss, _: loss + 0.05))
+    with pytest.raises(UserError, match="the first loss is 0.7031 .sigmoid: ln 2 = 0.6931.*reference is not the policy"):
+        train_tampered(monkeypatch, [*training_flags, "--stage", "dpo", "--init", "base"], tamper_loss(lambda loss, _: loss + 0.005))
 
 
 # ------------------------------------------------------------------------------- wrong things in right places
