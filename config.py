@@ -65,6 +65,7 @@ SHORT_NAMES = {
 HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hub has the original under another name
 LICENCES = {"llama3": "llama3", "smollm2": "apache-2.0"}  # by short name, in the Hub's words
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
 UNSLOTH_CHECKPOINTING: bool | str = True  # "unsloth" moves what is kept to the computer's memory: 0.8 GB less, 7% slower
 SMALL_PARAMETERS = 1e9  # below this a GPU waits for its kernels to be launched
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
@@ -431,7 +432,7 @@ def reference_file(settings: TrainingSettings, initial_adapter: Path | None) -> 
         "bits": settings.bits,
         "dtype": str(training_dtype()),
         "backend": backend_of(settings),
-        "adapter": file_sha256(initial_adapter / "adapter_model.safetensors") if initial_adapter else None,
+        "adapter": file_sha256(initial_adapter / WEIGHTS) if initial_adapter else None,
         "versions": [_version(name) for name in ("torch", "transformers", "bitsandbytes", "unsloth")],
     }
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -523,14 +524,14 @@ def _adapter_problem(folder: Path, settings: Settings, test_digest: str) -> str:
 
     if not folder.is_dir():
         return f"there is no adapter at {folder}"
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
             return f"{folder} is no adapter: it has no {name}"
     try:
-        with safe_open(folder / "adapter_model.safetensors", "np"):  # compares what its header says with the file's size
+        with safe_open(folder / WEIGHTS, "np"):  # compares what its header says with the file's size
             pass
     except (SafetensorError, OSError) as error:
-        return f"{folder}/adapter_model.safetensors is damaged or cut short ({error})"
+        return f"{folder}/{WEIGHTS} is damaged or cut short ({error})"
     with contextlib.suppress(ValueError, AttributeError):
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
         if kind == "LORA":
@@ -725,7 +726,7 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, init
         max_seq_length=settings.max_length,
     )
     if initial_adapter is not None:
-        weights = load_file(initial_adapter / "adapter_model.safetensors")
+        weights = load_file(initial_adapter / WEIGHTS)
         unexpected = set_peft_model_state_dict(model, weights, adapter_name="default").unexpected_keys
         if unexpected:
             raise UserError(f"{initial_adapter} holds weights that the model lacks: {unexpected[0]}", "Give another --sft_adapter.")
@@ -739,7 +740,7 @@ def adapted_layers(adapter: Path) -> set[str]:
     """
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
+    with safe_open(adapter / WEIGHTS, "pt") as weights:
         return {name.split(".lora_")[0].rpartition(".")[2] for name in weights.keys() if ".lora_" in name}  # noqa: SIM118
 
 

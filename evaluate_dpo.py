@@ -53,7 +53,6 @@ MEASURES = {  # name: (label, unit)
     "calibration_error": ("expected calibration error of the decision", ""),
 }
 LIMITS = {"%": (0, 100), "points": (-100, 100), "": (0, 1)}  # of a measure, by its unit
-WEIGHTS = "adapter_model.safetensors"
 COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # whose differences between arms are given
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")
 MARGINS = ("decision_margin", "response_margin")
@@ -352,7 +351,7 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
                 command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
                 raise UserError(f"no adapter of the arm {arm} at {folder}", f"Make it with: {command}; or give --adapters {arm}=FOLDER")
             problem = config.adapter_problem(folder, settings, test_digest) or of_another_stage(folder, arm)
-            if problem and not (settings.allow_mismatch and (folder / WEIGHTS).is_file()):
+            if problem and not (settings.allow_mismatch and (folder / config.WEIGHTS).is_file()):
                 raise UserError(problem, "Give the settings that it was trained with, or --allow_mismatch true to go on and report it.")
             if not problem and not (folder / "run.json").is_file():
                 problem = f"{folder} came without run.json: whether it was trained on test pairs is not known"
@@ -360,7 +359,8 @@ def find_adapters(settings: EvaluationSettings, test_digest: str) -> tuple[dict[
                 problem = f"{folder} began with an adapter without run.json: whether that was trained on test pairs is not known"
             mismatches += [problem] if problem else []
             seeds = adapters.setdefault(arm, {})
-            same = [known for known in seeds.values() if config.file_sha256(known / WEIGHTS) == config.file_sha256(folder / WEIGHTS)]
+            weights = config.file_sha256(folder / config.WEIGHTS)
+            same = [known for known in seeds.values() if config.file_sha256(known / config.WEIGHTS) == weights]
             if same:
                 raise UserError(f"{arm}: {folder} holds the same weights as {same[0]}", "Give each training run once.")
             seed = config.trained_seed(folder)
@@ -412,7 +412,7 @@ def notes_on_training(bits: int, adapters: dict[str, dict[str, Path]]) -> list[s
         trained = {settings["bits"] for settings in made_with if isinstance(settings.get("bits"), int)}
         notes += [f"{arm} was trained on weights in {other} bits and is read here on weights in {bits}" for other in sorted(trained - {bits})]
         starts = {run.get("initial_adapter_sha256") for run in runs} - {None}
-        beside = {config.file_sha256(folder / WEIGHTS) for folder in adapters.get("sft", {}).values()} if starts else set()
+        beside = {config.file_sha256(folder / config.WEIGHTS) for folder in adapters.get("sft", {}).values()} if starts else set()
         if arm == "dpo" and beside and not starts <= beside:
             notes.append("dpo began with another SFT adapter than the arm sft")
     return notes

@@ -139,7 +139,7 @@ def train_stage(
             "stage": stage,
             "settings": dataclasses.asdict(settings),
             "initial_adapter": str(initial_adapter) if initial_adapter else None,
-            "initial_adapter_sha256": config.file_sha256(initial_adapter / "adapter_model.safetensors") if initial_adapter else None,
+            "initial_adapter_sha256": config.file_sha256(initial_adapter / config.WEIGHTS) if initial_adapter else None,
             "initial_adapter_known": (initial_adapter / RUN).is_file() if initial_adapter else None,  # else it may have seen test pairs
             "data": split,
             "rows": len(rows),
@@ -256,7 +256,7 @@ RUN = "run.json"  # beside the checkpoints: what they are checkpoints of
 
 def run_identity(stage: str, settings: TrainingSettings, split: dict[str, Any], initial_adapter: Path | None) -> dict[str, Any]:
     """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
-    adapter_sha256 = config.file_sha256(initial_adapter / "adapter_model.safetensors")[:12] if initial_adapter else None
+    adapter_sha256 = config.file_sha256(initial_adapter / config.WEIGHTS)[:12] if initial_adapter else None
     return config.trained_settings(stage, vars(settings)) | {
         "sha256 of the pairs": split["pairs_sha256"][:12],
         "sha256 of the SFT adapter": adapter_sha256,
@@ -349,7 +349,7 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
 
     def load_policy(path: str, model: Any = None) -> None:
         """Beside a frozen reference transformers loads the reference alone; and this keeps the adapter in float32."""
-        set_peft_model_state_dict(trainer.model, load_file(Path(path) / "adapter_model.safetensors"), adapter_name="default")
+        set_peft_model_state_dict(trainer.model, load_file(Path(path) / config.WEIGHTS), adapter_name="default")
 
     checkpoints = Checkpoints()
     trainer.add_callback(checkpoints)
@@ -1210,16 +1210,17 @@ def libraries_settings(settings: TrainingSettings) -> Check:
     import torch
     from transformers import get_scheduler
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.training_args import OptimizerNames
 
-    named = f"{settings.optim}, {settings.lr_scheduler}, reports to {settings.report_to}"
     try:
-        steps = trainer_arguments("dpo", settings, 1)
+        OptimizerNames(settings.optim)
         dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        get_scheduler(steps.lr_scheduler_type, dummy, num_warmup_steps=settings.warmup_steps, num_training_steps=2 + settings.warmup_steps)
-    except (ValueError, TypeError, ImportError) as error:
+        get_scheduler(settings.lr_scheduler, dummy, num_warmup_steps=settings.warmup_steps, num_training_steps=2 + settings.warmup_steps)
+    except (ValueError, TypeError) as error:
         return ("trainer", config.printable(str(error).strip().partition("\n")[0]), "Give another --optim or --lr_scheduler.")
-    missing = {*steps.report_to} - {*get_available_reporting_integrations()}
-    return ("trainer", named, f"Install {', '.join(sorted(missing))}, or give --report_to none." if missing else "")
+    known = settings.report_to in ("none", "all", *get_available_reporting_integrations())
+    named = f"{settings.optim}, {settings.lr_scheduler}, reports to {settings.report_to}"
+    return ("trainer", named, "" if known else f"Install {settings.report_to}, or give --report_to none.")
 
 
 def starting_point(settings: TrainingSettings, test_digest: str) -> Check:

@@ -335,6 +335,8 @@ def test_the_speeds_of_the_readme_are_those_that_were_measured():
     assert large["unsloth"]["checkpointing"] and large["stock"]["checkpointing"] and not large["shared"]["checkpointing"]
     assert small["shared"]["cuda_graphs"] and {record["peak_memory_gb"] < 24 for record in large.values()} == {True}
     gpu = [record for record in json.loads(read("docs/results/gpu.json")) if record["effective_batch"] == 8 and "losses" in record]
+    memory = {record["checkpointing"]: record["peak_memory_gb"] for record in gpu if record["trainer"] == "shared"}
+    assert f"takes {memory[True]:.1f} GB with checkpointing and {memory[False]:.1f} GB without" in " ".join(read("docs/quickstart.md").split())
     ours, stock = (max(r["pairs_per_second"] for r in gpu if (r["backend"], r["trainer"]) == ("unsloth", kind)) for kind in ("shared", "stock"))
     assert f"does {ours:.0f} pairs a second with the preset's batch of 8, Unsloth's stock trainer {stock:.0f}." in " ".join(read("README.md").split())
     said = "does {:.0f} pairs a second ({:.0f} in the epoch that computes the reference, too); with checkpointing, which they need there,"
@@ -477,6 +479,7 @@ def test_what_is_said_of_the_study_is_what_its_files_hold():
     for measure, more in (("ranking_accuracy", False), ("response_accuracy", True)):
         assert (found("dpo", "5e-4", 4)[measure] > found("dpo", "2e-4", 4)[measure]) == more
     simulated = json.loads(read("docs/results/simulation.json"))
+    assert {(record["studies"], record["resamples"]) for record in simulated} == {(4000, 2000)}, "as the thesis page says"
     covered = [
         record["coverage"] for spread in (0.5, 2) for record in simulated
         if (record["seeds"], record["true_difference"], record["spread_of_seeds"]) == (3, 0, spread)
@@ -538,6 +541,9 @@ def test_what_is_said_of_the_ablations_is_what_their_file_holds():
     assert said.format(*(with_interval(level[study]) for study in ("rate_x3.2", "rank_64"))) in page
     assert f"DPO drew level with eight epochs of SFT ({with_interval(level['rate_x3.2'])}, one run, and an SFT of 78.7%, the least of four such" in page
     assert f"drew level with such an SFT ({with_interval(level['rate_x3.2'], '{value:+.1f} points, {low:+.1f} to {high:+.1f}')})" in readme
+    rows = evaluate_dpo.read_predictions(config.ROOT / "docs" / "results" / "predictions.csv.gz")
+    ties = (rows.loc[rows["arm"] == "co-occurrence", "decision_margin"] == 0).mean()
+    assert f"counts ties on many users (co-occurrence: {ties:.0%})" in " ".join(read("docs/thesis.md").split())
     of_seed = []
     for name, (column, wanted) in {"ablations": ("study", "same"), "predictions": ("seed", 3407)}.items():
         rows = pd.read_csv(config.ROOT / "docs" / "results" / f"{name}.csv.gz")

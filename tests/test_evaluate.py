@@ -1,5 +1,6 @@
 """Scoring, measures, verdict and what is written."""
 
+import copy
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ import train_dpo
 from config import EvaluationSettings, UserError
 from benchmarks import simulation
 from conftest import REAL_PAIRS, make_pairs
-from data.pairs import ORDERS, ids_digest, load_pairs, preference_row, split_pairs
+from data.pairs import ORDERS, ids_digest, load_pairs, preference_row, preference_rows, split_pairs
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_evaluation_end_to_end(training_flags, flags, tmp_path, capsys):
     evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved), "--outputs", str(tmp_path / "again")])
     assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
 
-    assert (folder / "run.json").exists()
+    assert json.loads((folder / "run.json").read_text())["compute_dtype"] == "float32", "whatever was trained in"
     saved.write_text("".join(line for line in saved.read_text().splitlines(keepends=True) if not line.startswith("again,")))
     evaluate_dpo.main([*flags, "--resamples", "200", "--from_predictions", str(saved)])
     assert not (folder / "run.json").exists(), "it was of other predictions"
@@ -443,6 +444,24 @@ def test_generated_answers_are_read_by_what_they_recommend_and_cite():
     rows = evaluate_dpo.generation_rows("dpo", "1", stranger, ["A"] * 8, [["Option A. War and Sci-Fi."] for _ in stranger], genres)
     wanted = [bool({"War", "Sci-Fi"} - {*pair.preferred.genres, *pair.other.genres}) for pair in stranger]
     assert list(rows["foreign_genre"]) == wanted
+
+
+def test_answers_do_not_depend_on_how_a_base_model_was_published_to_generate(scorer):
+    model, tokenizer = scorer
+    prompts = [row["prompt"] for row in preference_rows(make_pairs(2), "balanced", 0)]
+    answers = [evaluate_dpo.generate_answers(model, tokenizer, prompts, samples, 1, "") for samples in (None, 2)]
+    published = copy.deepcopy(model.generation_config)
+    try:
+        model.generation_config.update(repetition_penalty=5.0, min_p=0.9, no_repeat_ngram_size=2, num_beams=2)
+        assert [evaluate_dpo.generate_answers(model, tokenizer, prompts, samples, 1, "") for samples in (None, 2)] == answers
+    finally:
+        model.generation_config = published
+
+
+def test_one_test_user_is_too_few(flags, monkeypatch):
+    monkeypatch.setattr(config, "load_split", lambda settings: (make_pairs(5), make_pairs(1)))
+    with pytest.raises(UserError, match="1 test users are too few for an interval\nGive more pairs, or raise --test_share"):
+        evaluate_dpo.main(flags)
 
 
 def test_a_stranger_is_another_user_and_always_the_same_one():
