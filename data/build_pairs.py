@@ -19,13 +19,15 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a plain script, too
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # so that it runs as a plain script, too
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from config import ROOT, UserError, fetch_wheel, file_sha256, run_script
+from data.errors import UserError, run_script
+from data.files import fetch_wheel, file_sha256
 from data.pairs import HISTORY_LENGTH, Movie, Pair, write_pairs
 
 ML_100K_WHEEL = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
@@ -99,7 +101,8 @@ def download_ml_1m(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot fetch {ML_1M_URL}: {error}", "Fetch it by other means and give --from.") from None
     if file_sha256(path) != ML_1M_SHA256:
-        raise UserError(f"{ML_1M_URL} is not the file that was expected (sha256 differs)", "Fetch it by other means and give --from.")
+        problem = f"{ML_1M_URL} is not the file that was expected (sha256 differs)"
+        raise UserError(problem, "Fetch it by other means and give --from.")
     return path
 
 
@@ -177,15 +180,9 @@ def main() -> None:
             ratings, films = read_ml_100k()
         else:
             ratings, films = read_ml_1m(download_ml_1m(Path(work)) if options.download else options.source_path)
-    pairs = build_pairs(
-        ratings,
-        films,
-        min_rating=options.min_rating,
-        pairs_per_user=options.pairs_per_user,
-        negatives=options.negatives,
-        seed=options.seed,
-    )
-    output = options.output or ROOT / "data" / f"pairs_{options.source}.jsonl"
+    chosen = {name: getattr(options, name) for name in ("min_rating", "pairs_per_user", "negatives", "seed")}
+    pairs = build_pairs(ratings, films, **chosen)
+    output = options.output or HERE / f"pairs_{options.source}.jsonl"
     write_pairs(output, pairs)
     share = np.mean([pair.order == "A" for pair in pairs])
     print(f"{output}: {len(pairs):,} pairs of {ratings['user'].nunique():,} users, {share:.0%} with the answer A")

@@ -16,9 +16,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+from data.files import write_text
 
 INSTRUCTION = (
     "Analyze the user's history to identify their preference. "
@@ -89,8 +91,9 @@ def load_pairs(path: str | Path) -> list[Pair]:
     """
     pairs: list[Pair] = []
     problems: list[str] = []
-    if os.path.getsize(path) > LARGEST_FILE:
-        raise PairsError(f"{path}: {os.path.getsize(path) / 1e9:.1f} GB, more than the {LARGEST_FILE / 1e9} GB that a pairs file may have")
+    if (size := os.path.getsize(path)) > LARGEST_FILE:
+        most = LARGEST_FILE / 1e9
+        raise PairsError(f"{path}: {size / 1e9:.1f} GB, more than the {most} GB that a pairs file may have")
     line_of: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -121,15 +124,9 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     Raises:
         PairsError: a pair would not be read back as it is, such as one whose title holds `. Option B: `.
     """
-    path = Path(path)
     lines = [_as_line(pair) for pair in pairs]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), "".join(lines))
 
 
 def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[str, str]) -> Pair:
@@ -138,8 +135,11 @@ def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[s
     Raises:
         PairsError: a line of a pairs file could not hold it, such as a history of four films; the message says why.
     """
-    films = [Movie(title.strip(), tuple(genre.strip() for genre in genres.split("|"))) for title, genres in (preferred, other)]
-    pair = Pair(tuple(title.strip() for title in history if title.strip()), *films)
+
+    def film(title: str, genres: str) -> Movie:
+        return Movie(title.strip(), tuple(genre.strip() for genre in genres.split("|")))
+
+    pair = Pair(tuple(title.strip() for title in history if title.strip()), film(*preferred), film(*other))
     _as_line(pair)
     return pair
 
@@ -164,6 +164,22 @@ def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pa
     train = [pair for pair in pairs if pair.user_id not in test_users]
     test = [pair for pair in pairs if pair.user_id in test_users]
     return train, test
+
+
+def hold_back(train: Sequence[Pair], validation_pairs: int, max_pairs: int | None) -> tuple[list[Pair], list[Pair]]:
+    """(used, validation): validation comes out of the training users, so that no test user is looked at."""
+    by_hash = sorted(train, key=lambda pair: (pair.user_id, pair.pair_id))
+    held_back = {pair.user_id for pair in by_hash[:validation_pairs]}
+    validation = [pair for pair in by_hash if pair.user_id in held_back]
+    return [pair for pair in by_hash if pair.user_id not in held_back][:max_pairs], validation
+
+
+def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
+    """The same choices, each with the history of the next of these users by hash; the last one has the first's."""
+    history = {pair.user_id: pair.history for pair in pairs}
+    users = sorted(history)
+    following = dict(zip(users, users[1:] + users[:1], strict=True))
+    return [replace(pair, history=history[following[pair.user_id]]) for pair in pairs]
 
 
 def preference_row(pair: Pair, order: str) -> dict[str, str]:
@@ -268,5 +284,6 @@ def _parse_line(line: bytes) -> Pair:
 
     order = recommended(text["output"])
     if order is None:
-        raise PairsError(f"the output recommends {'both options' if _MENTION.search(text['output']) else 'neither option'}")
+        which = "both options" if _MENTION.search(text["output"]) else "neither option"
+        raise PairsError(f"the output recommends {which}")
     return Pair(history, films[order], films["B" if order == "A" else "A"], order)

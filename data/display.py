@@ -1,0 +1,172 @@
+"""What the notebook shows: own or published results, one user under every arm, and pickers."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.special import expit
+
+from data.errors import UserError, printable
+from data.files import read_json
+from data.measures import SCHEMA_VERSION
+from data.pairs import ORDERS, Pair, PairsError, recommended
+from data.predictions import margins_by_user, read_predictions
+
+PUBLISHED = (Path("docs/results"), Path("docs/results/small"))
+
+
+def or_say(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call returns; where the user must fix something first, None, and what and how is printed."""
+    try:
+        return call(*arguments)
+    except (UserError, PairsError) as error:
+        print(printable(str(error)))
+        return None
+
+
+def results_folder(evaluation: Path) -> Path:
+    """This folder if it holds an evaluation, else that of the published experiment."""
+    return next(folder for folder in (evaluation, *PUBLISHED) if (folder / "metrics.json").is_file())
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
+    """(metrics.json, rows of predictions.csv or predictions.csv.gz; None where neither is there).
+
+    Raises:
+        UserError: they are of another version.
+    """
+    metrics = read_json(folder / "metrics.json")
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        command = f"python evaluate_dpo.py --from_predictions {folder}/predictions.csv"
+        raise UserError(f"{folder}/metrics.json is of another version", f"Make it anew with: {command}")
+    files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
+    return metrics, read_predictions(files[0]) if files else None
+
+
+# -------------------------------------------------------------------------------------------------- one user
+
+
+def choices(arm: str, pair: Pair, decision: Sequence[float]) -> pd.DataFrame:
+    """One row per order: what an arm recommends, with an empty `answer`.
+
+    decision: decision margins in nats, (orders A and B). A row holds its own as `margin`, and as `probability` that
+    of the letter that it recommends, p(letter) / (p(A) + p(B)).
+    """
+    rows = []
+    for order, margin in zip(ORDERS, decision, strict=True):
+        letter = order if margin > 0 else ORDERS[1 - ORDERS.index(order)]
+        film = pair.preferred if margin > 0 else pair.other
+        row = {"arm": arm, "order": order, "letter": letter, "film": film.title, "margin": margin}
+        rows.append(row | {"probability": float(expit(abs(margin))), "answer": ""})
+    return pd.DataFrame(rows)
+
+
+def recorded_choices(predictions: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """What each model made of one pair when it was evaluated (the arm's first seed), without answers."""
+    rows = predictions[(predictions["pair_id"] == pair.pair_id) & (predictions["history"] == "own")]
+    rows = rows[rows["kind"] == "model"].drop_duplicates(["arm", "order"]).sort_values("order", kind="stable")
+    return pd.concat(
+        [choices(arm, pair, found["decision_margin"]) for arm, found in rows.groupby("arm", sort=False)],
+        ignore_index=True,
+    )
+
+
+def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known: bool = True) -> str:
+    """One pair and the rows of `choices` as HTML; all text of others is escaped.
+
+    In an answer, genres of the film that it recommends are bold, any other genre is underlined.
+    known: the preferred film was watched next; if not, it is only the first of two.
+    """
+
+    def named(film: str, extra: str = "") -> str:
+        right = "" if not known else ", <b>right</b>" if film == pair.preferred.title else ", <b>wrong</b>"
+        return html.escape(film) + extra + right
+
+    first, second = ("the film watched next", "the other film") if known else ("film 1", "film 2")
+    left = "text-align:left; vertical-align:top"
+    lines = ["<p><b>history</b>: " + "; ".join(map(html.escape, pair.history)) + "</p>"]
+    for role, film in ((first, pair.preferred), (second, pair.other)):
+        lines.append(f"<p><b>{role}</b>: {html.escape(str(film))}</p>")
+    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:3em"></th>')
+    lines += [f'<th style="{left}">with {first} as Option {order}</th>' for order in ORDERS]
+    lines.append(f'<th style="{left}; width:11em">both orders together</th>')
+    for arm, found in rows.groupby("arm", sort=False):
+        lines.append(f'</tr><tr><td style="{left}"><b>{html.escape(arm)}</b></td>')
+        for row in found.itertuples():
+            shown = {row.order: pair.preferred, ORDERS[1 - ORDERS.index(row.order)]: pair.other}
+            says = recommended(row.answer)
+            answer = marked(row.answer, set(shown[says].genres) if says else set(), genres)
+            film = named(row.film, f" (p = {row.probability:.2f})")
+            lines.append(f'<td style="{left}"><b>{row.letter}</b>: {film}<br>{answer}</td>')
+        both = pair.preferred if found["margin"].sum() > 0 else pair.other
+        lines.append(f'<td style="{left}">{named(both.title)}</td>')
+    return '<div class="tex2jax_ignore">' + "\n".join([*lines, "</tr></table>"]) + "</div>"
+
+
+def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
+    """Text as HTML, ↵ for an end of line, with its genres marked: bold where among `own`, underlined otherwise."""
+    pieces, end = [], 0
+    text = re.sub(r"\s*\n\s*", " ↵ ", text.strip())
+    for found in genres.finditer(text):
+        tag = "b" if found[0] in own else "u"
+        pieces += [html.escape(text[end : found.start()]), f"<{tag}>{html.escape(found[0])}</{tag}>"]
+        end = found.end()
+    return "".join([*pieces, html.escape(text[end:])])
+
+
+# ---------------------------------------------------------------------------------------------------- pickers
+
+
+def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bool) -> dict[str, list[str]]:
+    """pair_ids of the test users who can be shown, by what the arms made of them; live: the arms are loaded.
+
+    Orders and seeds are taken together, and the clearest disagreement comes first.
+    """
+    recorded = set() if predictions is None else set(predictions["pair_id"])
+    shown = [pair.pair_id for pair in test if live or pair.pair_id in recorded]
+    groups = {"all test users": shown, "SFT right, DPO wrong": [], "DPO right, SFT wrong": []}
+    margins = pd.DataFrame() if predictions is None else margins_by_user(predictions)
+    for right, wrong in (("sft", "dpo"), ("dpo", "sft")) if {"sft", "dpo"} <= set(margins) else ():
+        found = margins[(margins[right] > 0) & (margins[wrong] < 0) & margins.index.isin(shown)]
+        by_clearness = (found[wrong] - found[right]).sort_values(kind="stable")
+        groups[f"{right.upper()} right, {wrong.upper()} wrong"] = list(by_clearness.index)
+    return groups
+
+
+def user_picker(show: Callable[[str], None], groups: dict[str, list[str]]) -> Any:
+    """A widget to choose a group of users and one of them; what show(pair_id) displays stands below."""
+    import ipywidgets as widgets
+
+    options = [(f"{name} ({len(users):,})", users) for name, users in groups.items() if users]
+    group = widgets.Dropdown(description="users", options=options)
+    user = widgets.Dropdown(description="user", options=group.value)
+    group.observe(lambda change: setattr(user, "options", change["new"]), "value")
+    shown = widgets.interactive_output(lambda pair_id: show(pair_id), {"pair_id": user})
+    return widgets.VBox([widgets.HBox([group, user]), shown])
+
+
+def own_pair_box(show: Callable[..., None], history: Sequence[str], one: tuple[str, str], other: tuple[str, str]) -> Any:
+    """A widget to write a history and two films, beginning with those given; what show(...) displays stands below."""
+    import ipywidgets as widgets
+
+    wide = {"layout": widgets.Layout(width="40em"), "style": {"description_width": "8em"}}
+    titles = widgets.Textarea("\n".join(history), description="five films", rows=len(history) + 1, **wide)
+    films = []
+    for number, (title, genres) in enumerate((one, other), start=1):
+        films.append(widgets.Text(title, description=f"film {number}", **wide))
+        films.append(widgets.Text(genres, description="its genres", **wide))
+    button, output = widgets.Button(description="Compare"), widgets.Output()
+
+    def compare(_: Any) -> None:
+        output.clear_output(wait=True)
+        with output:
+            values = [field.value for field in films]
+            show(titles.value.splitlines(), tuple(values[:2]), tuple(values[2:]))
+
+    button.on_click(compare)
+    return widgets.VBox([titles, *films, button, output])

@@ -1,0 +1,82 @@
+"""Texts as a tokenizer cuts them: does it serve, and the tree that a pair makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from data.errors import UserError
+from data.pairs import ORDERS, STEM, Pair, preference_row
+from data.trees import Tree, token_tree
+
+
+def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
+    """A pair's four texts (two orders, two responses), tokenized as training does, as one tree.
+
+    Its paths are, for [order][chosen, rejected], the nodes of the response's tokens from the option's letter, where
+    the two part, to the end of text; decision_only leaves out what follows the letter.
+
+    Raises:
+        UserError: the tokenizer does not make the option's letter the first token that the responses differ in.
+    """
+    texts: list[list[int]] = []
+    starts: list[int] = []
+    for order in ORDERS:
+        row = preference_row(pair, order)
+        whole = [tokenizer(row["prompt"] + row[response])["input_ids"] for response in ("chosen", "rejected")]
+        both = [[*text, tokenizer.eos_token_id] for text in whole]
+        parting = next(i for i, (chosen, rejected) in enumerate(zip(*both, strict=False)) if chosen != rejected)
+        letters = [tokenizer.decode([text[parting]]).strip() for text in both]
+        stem = len(tokenizer(row["prompt"] + STEM)["input_ids"])
+        if parting != stem or letters != [order, ORDERS[1 - ORDERS.index(order)]]:
+            problem = f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own"
+            raise UserError(problem, "Use a base model whose tokenizer has ' A' and ' B' as tokens.")
+        texts += [text[: parting + 1] if decision_only else text for text in both]
+        starts += [parting, parting]
+    tree = token_tree(texts)
+    paths = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
+    return replace(tree, paths=[paths[:2], paths[2:]])
+
+
+def tree_of(example: dict[str, Any]) -> Tree:
+    """A row of DPO as TRL tokenized it: its prompt with the chosen response, and with the rejected one."""
+    return token_tree([example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")])
+
+
+def check_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> int:
+    """The longest row in tokens, end-of-text included.
+
+    Raises:
+        UserError: a row is longer than max_length, or its prompt's tokens change when a response follows.
+    """
+    longest = 0
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    for response in ("chosen", "rejected"):
+        texts = tokenizer([row["prompt"] + row[response] for row in rows])["input_ids"]
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if text[: len(prompt)] != prompt:
+                problem = f"row {number}: this tokenizer merges the prompt's end with the response's beginning"
+                raise UserError(problem, "Use a base model whose tokenizer keeps a newline apart from what follows.")
+            longest = max(longest, len(text) + 1)
+    if longest > max_length:
+        problem = f"the longest row has {longest} tokens, more than max_length {max_length}"
+        raise UserError(problem, f"Give --max_length {longest}.")
+    return longest
+
+
+def check_tokenized(dataset: Any, rows: Sequence[dict[str, str]], tokenizer: Any) -> None:
+    """Raise RuntimeError unless a trainer's rows are ours, token for token: all there, none cut, none changed."""
+    if len(dataset) != len(rows):
+        raise RuntimeError(f"the trainer kept {len(dataset)} of {len(rows)} rows")
+    for row, text in zip(dataset.select(range(min(8, len(rows)))), rows, strict=False):
+        for response in ["completion"] if "completion" in text else ["chosen", "rejected"]:
+            found = row["input_ids"] if response == "completion" else row["prompt_ids"] + row[f"{response}_ids"]
+            if list(found) != [*tokenizer(text["prompt"] + text[response])["input_ids"], tokenizer.eos_token_id]:
+                raise RuntimeError(f"the trainer's tokens of a {response} response are not those of its text")
+
+
+def longest_in_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, responses: Sequence[str], prompts: int) -> int:
+    """How many tokens are computed for the longest row, with its prompt computed so many times."""
+    parts = [tokenizer([row[part] for row in rows])["input_ids"] for part in ("prompt", *responses)]
+    return max(prompts * len(prompt) + sum(map(len, texts)) for prompt, *texts in zip(*parts, strict=True))
