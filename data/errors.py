@@ -1,4 +1,7 @@
-"""Errors that a user can fix: one line of what is wrong, one of how to fix it; a script then ends with exit code 2."""
+"""Errors that a user can fix, and the checks that find them early.
+
+An error is one line of what is wrong and one of how to fix it; a script then ends with exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,27 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
         remedy = "Mend its permissions, or give --outputs a folder that you may write to."
         return UserError(f"cannot read or write: {text}", remedy)
     return None
+
+
+Check = tuple[str, str, str]  # what, what was found, how to fix it ("" where all is well)
+
+
+def refuse(checks: list[Check]) -> None:
+    """Raise UserError for the first check that found something to fix."""
+    for what, found, remedy in checks:
+        if remedy:
+            raise UserError(f"{what}: {found}", remedy)
+
+
+def print_checks(checks: list[Check]) -> None:
+    """Print all checks; exit code 2 where something is to be fixed."""
+    width = max(len(what) for what, _, _ in checks)
+    for what, found, remedy in checks:
+        print(f"{'!!' if remedy else 'ok'}  {what:<{width}}  {found}" + f"\n    {'':<{width}}  {remedy}" * bool(remedy))
+    problems = sum(bool(remedy) for _, _, remedy in checks)
+    print("ready to train" if not problems else f"{problems} thing(s) to mend before training")
+    if problems:
+        raise SystemExit(2)
 
 
 def printable(text: str) -> str:

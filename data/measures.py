@@ -33,7 +33,10 @@ MEASURES = {  # name: (label, unit)
     "brier_score": ("Brier score of the decision", ""),
     "calibration_error": ("expected calibration error of the decision", ""),
 }
-UNITS = {"%": (100, 0, 100), "points": (100, -100, 100), "nats": (1, -math.inf, math.inf), "": (1, 0, 1)}  # scale, limits
+UNITS = {  # scale, lowest and highest value
+    "%": (100, 0, 100), "points": (100, -100, 100),
+    "nats": (1, -math.inf, math.inf), "": (1, 0, 1),
+}
 COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # arms are compared by these
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")  # a baseline's counts have none
 NEAR_TIE = 0.01  # nats

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from data.errors import UserError
 from data.files import write_text
 
 INSTRUCTION = (
@@ -28,7 +29,6 @@ INSTRUCTION = (
 )
 STEM = "The better recommendation is Option"  # the token after it is the decision
 ORDERS = ("A", "B")
-OPTION_ORDERS = ("balanced", "both", "original")
 HISTORY_LENGTH = 5
 PROBLEMS_SHOWN = 20
 LONGEST_TITLE = 300  # characters; the longest of MovieLens has 82
@@ -180,6 +180,28 @@ def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
     users = sorted(history)
     following = dict(zip(users, users[1:] + users[:1], strict=True))
     return [replace(pair, history=history[following[pair.user_id]]) for pair in pairs]
+
+
+def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
+    """A pairs file as (train, test), split by user with a stable hash.
+
+    Raises:
+        UserError: there is no such file, or it holds a line that is no pair.
+    """
+    try:
+        pairs = load_pairs(path)
+    except FileNotFoundError:
+        source = "ml-100k" if "100k" in path else "ml-1m --download"
+        command = f"python data/build_pairs.py --source {source} --output {path}"
+        raise UserError(f"no pairs file {path}", f"Make it with: {command}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the pairs file {path}: {error.strerror}", "Give --pairs a file.") from None
+    except PairsError as error:
+        raise UserError(error, "Mend these lines, or build the file anew with data/build_pairs.py.") from None
+    train, test = split_pairs(pairs, test_share)
+    if not train or not test:
+        raise UserError(f"{path} holds {len(pairs)} pair(s), too few to split", "Give a larger pairs file.")
+    return train, test
 
 
 def preference_row(pair: Pair, order: str) -> dict[str, str]:

@@ -87,8 +87,8 @@ def summary(metrics: dict[str, Any], model: str = "") -> str:
             lines.append("more training runs narrow the part of the interval that more users do not")
         elif metrics["verdict"] == "INCONCLUSIVE":
             to_tell = f"about {found['users_needed_for_2_points']:,} to tell 2 points from 0 with 80% power"
-            to_decide = f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points, which always decides"
-            lines.append(f"test users needed: {to_tell}, {to_decide}")
+            to_decide = f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points"
+            lines.append(f"test users needed: {to_tell}, {to_decide}, which always decides")
     lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
     lines.append(f"to quote: {sentence(metrics, model)}")
     also = "".join(f"; against {arm}: {verdict}" for arm, verdict in control_verdicts(metrics).items())
@@ -155,7 +155,7 @@ def write_card(folder: Path, *about: Any) -> str:
 
 
 def model_card(
-    folder: Path, base: dict[str, Any], arm: str = "", metrics: dict[str, Any] | None = None, mismatches: Sequence[str] = ()
+    folder: Path, base: dict[str, Any], arm: str = "", metrics: dict[str, Any] | None = None, mismatches: list[str] = ()
 ) -> str:
     """The model card of the adapter in a folder: the template docs/model_card.md, filled.
 
@@ -174,7 +174,8 @@ def model_card(
     limits = []
     if metrics is not None:
         arms, found = metrics["arms"], metrics["arms"][arm]
-        cells = {name: cell(found[name], unit) for name, (_, unit) in MEASURES.items() if found[name]["value"] is not None}
+        there = [name for name in MEASURES if found[name]["value"] is not None]
+        cells = {name: cell(found[name], MEASURES[name][1]) for name in there}
         beside = [name for name in ("popularity", "base", "sft", "dpo") if name in arms and name != arm]
         others = ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside)
         measured |= {"users": f"{metrics['users']:,}", "seeds": found["seeds"], "others": others}
@@ -183,7 +184,7 @@ def model_card(
         about = {"task_type": "text-generation", "dataset_type": "movielens"}
         about["dataset_name"] = "film pairs of held-out users, both orders"
         shown = [name for name in MAIN_MEASURES if name in cells]
-        results = [EvalResult(metric_type=name, metric_name=heading(name), metric_value=cells[name], **about) for name in shown]
+        results = [EvalResult(**about, metric_type=n, metric_name=heading(n), metric_value=cells[n]) for n in shown]
         index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
         limits += card_limits(arm, metrics)
@@ -195,10 +196,10 @@ def model_card(
     card = ModelCard.from_template(
         card_data,
         str(TEMPLATE),
-        **{"mark": CARD_MARK, "base": base, "lora": lora, "run": run, "trained": trained, "stage": stage, "plain": plain},
-        **{"data": run.get("data", {}), "names": names, "precision": precision, "weights": weights},
-        **{"stem": STEM, "prompt": prompt},
-        **{"measured": measured if metrics is not None else None, "limits": limits},
+        mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained, stage=stage,
+        data=run.get("data", {}), names=names, precision=precision, weights=weights, plain=plain,
+        stem=STEM, prompt=prompt,
+        measured=measured if metrics is not None else None, limits=limits,
     )
     return str(card) + "\n"
 

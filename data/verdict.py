@@ -118,11 +118,13 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
         )
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
-        points = f"({interval_text(also)} points)"
+        points = interval_text(also)
         if also["high"] < 0 < difference["low"]:
-            found.append(f"dpo is better than sft and worse than {arm} {points}: what it gains, SFT alone can gain too")
+            gains = "what it gains, SFT alone can gain too"
+            found.append(f"dpo is better than sft and worse than {arm} ({points} points): {gains}")
         elif also["low"] <= 0 < difference["low"]:
-            found.append(f"dpo is better than sft but not clearly than {arm} {points}: SFT alone may do as well")
+            as_well = "SFT alone may do as well"
+            found.append(f"dpo is better than sft but not clearly than {arm} ({points} points): {as_well}")
     once = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] == 1]
     if {"sft", "dpo"} <= set(once):
         found.append("one training run an arm: what another seed would give is not in the interval")

@@ -1,6 +1,8 @@
 """Tiny random Llama models, their tokenizer, and made-up pairs; nothing is fetched."""
 
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,12 +11,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # enough for a tiny model, and not slowed down by what else the machine does
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import hypothesis
+import numpy as np
+import pandas as pd
 import pytest
 
 import config
+from data import errors
+from data.baselines import film_counts
 from data.pairs import Movie, Pair, preference_row, write_pairs
+from data.predictions import prediction_rows
 
 REAL_PAIRS = config.ROOT.parent / "shared" / "data" / "contrastive_rec_train.jsonl"
+FUZZ_TIMES = int(os.environ.get("FUZZ_TIMES", 1))  # 100 tries a hundred times more inputs
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("fuzz")
 GENRES = ["Action", "Children's", "Comedy", "Drama", "Film-Noir", "Romance", "Sci-Fi", "War"]
 
 
@@ -28,6 +41,29 @@ def make_pairs(count: int) -> list[Pair]:
         second = Movie(f"Other: {user % 13} (Autre) (1997)", (GENRES[(user + 1) % 8],))
         pairs.append(Pair(history, first, second, "B" if user % 5 == 0 else "A"))
     return pairs
+
+
+def predictions_of(**arms: np.ndarray) -> pd.DataFrame:
+    """Rows of predictions.csv from decision margins (users, orders)."""
+    pairs = make_pairs(len(next(iter(arms.values()))))
+    counts = film_counts(pairs)
+    rows = [prediction_rows(arm, "model", "1", "own", pairs, counts, margin, margin) for arm, margin in arms.items()]
+    return pd.concat(rows)
+
+
+def error_of(run, capsys) -> str:
+    """The error that a script's main function ends with: two lines, exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        errors.run_script(run)
+    shown = re.split(r"(?m)^error: ", capsys.readouterr().err)[-1]
+    assert ended.value.code == 2
+    assert len(shown.strip().splitlines()) == 2 and "Traceback" not in shown
+    return shown
+
+
+def adapter_of(flags: list[str], stage: str = "dpo") -> Path:
+    """Where training writes an adapter of that stage under these flags of evaluation."""
+    return config.adapter_folder(config.parse_settings(config.EvaluationSettings, flags), stage)
 
 
 @pytest.fixture
@@ -88,3 +124,48 @@ def flags(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> list[str]:
 @pytest.fixture
 def training_flags(flags: list[str]) -> list[str]:
     return [*flags, *"--max_steps 3 --batch_size 2 --effective_batch 4 --validation_pairs 4 --eval_steps 1".split()]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[list[str], list[str], Path]:
+    """(flags of training, flags of evaluation, outputs with both adapters); nothing may change in these outputs."""
+    import train_dpo
+
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder / "pairs.jsonl", make_pairs(60))
+    flags = [
+        *("--preset", "small", "--base_model", str(tiny_model), "--pairs", str(folder / "pairs.jsonl")),
+        *("--test_share", "0.3", "--outputs", str(folder / "outputs")),
+    ]
+    steps = [
+        *("--max_steps", "3", "--batch_size", "2", "--effective_batch", "4"),
+        *("--validation_pairs", "0", "--learning_rate", "0.05"),
+    ]
+    train_dpo.main([*flags, *steps])
+    return [*flags, *steps], flags, folder / "outputs"
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, tmp_path_factory: pytest.TempPathFactory) -> config.EvaluationSettings:
+    """The settings of an evaluation of the trained adapters; nothing may change in its results."""
+    import evaluate_dpo
+
+    _, flags, outputs = trained
+    mine = [*flags, "--outputs", str(shutil.copytree(outputs, tmp_path_factory.mktemp("evaluated") / "outputs"))]
+    evaluate_dpo.main([*mine, "--resamples", "50"])
+    return config.parse_settings(config.EvaluationSettings, mine)
+
+
+@pytest.fixture
+def mine(trained: tuple[list[str], list[str], Path], tmp_path: Path) -> tuple[list[str], list[str]]:
+    """(flags of training, flags of evaluation) for a copy of the trained outputs, to be changed."""
+    training, flags, outputs = trained
+    shutil.copytree(outputs, tmp_path / "outputs")
+    place = ["--outputs", str(tmp_path / "outputs")]
+    return [*training, *place], [*flags, *place]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than all else in an evaluation."""
+    monkeypatch.setattr("evaluate_dpo.plot_all", lambda *_: None)

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import config
+from data import build_pairs as script
 from data.build_pairs import build_pairs, read_ml_1m
+from data.errors import UserError
+from data.files import file_sha256
 from data.pairs import load_pairs
 
 FILMS = pd.DataFrame(
@@ -36,7 +38,8 @@ def test_history_is_the_first_five_by_time_then_id_and_the_sixth_is_preferred():
 
 def test_min_rating_and_pairs_per_user():
     liked, disliked = ratings_of(1, list(range(8))), ratings_of(1, [30, 31], [-2, -1], rating=2.0)
-    pairs = build_pairs(pd.concat([liked, disliked, ratings_of(2, [20, 21, 22])]), FILMS, min_rating=4, pairs_per_user=2)
+    ratings = pd.concat([liked, disliked, ratings_of(2, [20, 21, 22])])
+    pairs = build_pairs(ratings, FILMS, min_rating=4, pairs_per_user=2)
     assert [[number(title) for title in pair.history] for pair in pairs] == [[0, 1, 2, 3, 4]] * 2
     assert [number(pair.preferred.title) for pair in pairs] == [5, 6]
     assert len({pair.other.title for pair in pairs}) == 2
@@ -60,7 +63,8 @@ def test_popular_negatives_take_the_popularity_shortcut_away():
 
 def test_the_seed_draws_other_films_and_orders():
     ratings = pd.concat([ratings_of(user, [(user + k) % 40 for k in range(8)]) for user in range(30)])
-    assert build_pairs(ratings, FILMS, seed=1) == build_pairs(ratings, FILMS, seed=1) != build_pairs(ratings, FILMS, seed=2)
+    first = build_pairs(ratings, FILMS, seed=1)
+    assert first == build_pairs(ratings, FILMS, seed=1) != build_pairs(ratings, FILMS, seed=2)
     assert {pair.order for pair in build_pairs(ratings, FILMS)} == {"A", "B"}
 
 
@@ -91,7 +95,7 @@ def test_ml_1m_is_read_from_a_zip_or_a_folder(ml_1m, tmp_path):
 
 
 def test_the_command_writes_a_pairs_file(ml_1m, tmp_path):
-    command = [sys.executable, str(config.ROOT / "data" / "build_pairs.py"), "--source", "ml-1m"]
+    command = [sys.executable, str(script.HERE / "build_pairs.py"), "--source", "ml-1m"]
     output = tmp_path / "new" / "p.jsonl"
     done = subprocess.run([*command, "--from", ml_1m, "--output", output], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -101,3 +105,13 @@ def test_the_command_writes_a_pairs_file(ml_1m, tmp_path):
     missing = subprocess.run([*command, "--from", tmp_path / "absent"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "--download" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_a_downloaded_archive_is_checked_before_it_is_opened(tmp_path, monkeypatch):
+    source = tmp_path / "source.zip"
+    source.write_bytes(b"PK another file")
+    monkeypatch.setattr(script, "ML_1M_URL", source.as_uri())
+    with pytest.raises(UserError, match="not the file that was expected"):
+        script.download_ml_1m(tmp_path)
+    monkeypatch.setattr(script, "ML_1M_SHA256", file_sha256(source))
+    assert script.download_ml_1m(tmp_path).read_bytes() == source.read_bytes()

@@ -1,20 +1,24 @@
 """Settings, presets, paths, and loading a model in few bits."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  before a test lets CUDA seem to be there
-from safetensors.torch import save_file
+from conftest import FUZZ_TIMES
+from hypothesis import example, given
+from hypothesis import settings as fuzz
+from hypothesis import strategies as st
 
 import config
 import evaluate_dpo
 import train_dpo
-from config import EvaluationSettings, TrainingSettings, UserError, parse_settings, preset_settings
+from config import EvaluationSettings, TrainingSettings, parse_settings, preset_settings
+from data.errors import UserError
 
 
 def test_small_is_the_preset_without_cuda_and_what_differs_is_printed(capsys):
@@ -40,6 +44,11 @@ def test_thesis_preset_is_the_experiment_of_the_thesis():
         (["--betta", "0.3"], "unknown setting --betta\nDid you mean --beta?"),
         (["--beta", "high"], "invalid float value: 'high'"),
         (["--beta", "-1"], "beta is -1.0\nGive --beta a value above 0"),
+        (["--lora_dropout", "1"], "Give --lora_dropout a value of 0 or more, below 1"),
+        (["--test_share", "1"], "Give --test_share a value between 0 and 1"),
+        (["--max_steps", "0"], "Give --max_steps a value of 1 or more, or -1"),
+        (["--max_pairs", "1"], "Give --max_pairs a value of 2 or more"),
+        (["--warmup_steps", "-1"], "Give --warmup_steps a value of 0 or more"),
         (["--bits", "3"], "--bits: invalid choice: '3'"),
         (["--preset", "large"], "--preset: invalid choice: 'large'"),
         (["--batch_size", "3"], "batch_size is 3\nGive --batch_size a value that divides 8"),
@@ -76,11 +85,48 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
             parse_settings(TrainingSettings, [str(path)])
 
 
+KINDS = (TrainingSettings, EvaluationSettings)
+flags_of_both = st.sampled_from([f"--{name}" for kind in KINDS for name in kind.__dataclass_fields__])
+odd_numbers = ["-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e999", "4"]
+odd_words = ["true", "none", "", "small", "sft", "[]", "é"]
+values = st.sampled_from([*odd_numbers, *odd_words]) | st.text(max_size=5)
+
+
+@fuzz(max_examples=100 * FUZZ_TIMES)
+@example(arguments=[("--gradient_checkpointing", "\x1e")], kind=TrainingSettings)
+@example(arguments=[("--seed", "1"), ("\n", "--x")], kind=TrainingSettings)
+@given(arguments=st.lists(st.tuples(flags_of_both, values), max_size=3), kind=st.sampled_from(KINDS))
+def test_any_flags_give_settings_or_an_error_of_two_lines(arguments, kind):
+    try:
+        found = parse_settings(kind, [word for flag in arguments for word in flag if word not in ("-h", "--help")])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 2
+        return
+    numbers = [value for value in vars(found).values() if isinstance(value, float)]
+    assert all(map(math.isfinite, numbers)), "no run can be told to learn at the rate nan"
+
+
+odd_values = st.none() | st.floats() | st.text(max_size=4) | st.lists(st.integers(), max_size=2)
+odd_files = st.dictionaries(st.sampled_from(["beta", "bits", "x", "seed"]), odd_values).map(json.dumps)
+
+
+@fuzz(max_examples=50 * FUZZ_TIMES)
+@given(text=st.text(max_size=60) | odd_files)
+def test_any_settings_file_gives_settings_or_an_error_of_two_lines(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    try:
+        parse_settings(TrainingSettings, [str(file)])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 2
+
+
 def test_processes_that_the_effective_batch_of_the_preset_cannot_serve_take_one_that_can(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert parse_settings(TrainingSettings, ["--preset", "thesis", "--backend", "hf", "--effective_batch", "9"]).effective_batch == 9
+    monkeypatch.setattr(config, "PROCESSES", 3)
+    flags = ["--preset", "thesis", "--backend", "hf"]
+    assert parse_settings(TrainingSettings, [*flags, "--effective_batch", "9"]).effective_batch == 9
     with pytest.raises(UserError, match="that 3 processes can share"):
-        parse_settings(TrainingSettings, ["--preset", "thesis", "--backend", "hf"])
+        parse_settings(TrainingSettings, flags)
 
 
 def test_every_setting_has_a_help_line():
@@ -95,42 +141,6 @@ def test_every_preset_value_is_a_setting():
         assert set(values) <= names
 
 
-def test_a_folder_is_whole_or_absent(tmp_path):
-    target = tmp_path / "final"
-    with pytest.raises(RuntimeError), config.whole_folder(target) as made:
-        (made / "half").write_text("x")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    for content in ("first", "second"):
-        with config.whole_folder(target) as made:
-            (made / "file").write_text(content)
-        assert (target / "file").read_text() == content
-    assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A package index on disk with one wheel."""
-    wheel = tmp_path / "index" / "made_up-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("made_up-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
-        archive.writestr("made_up-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("made_up-1.0.dist-info/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    return wheel
-
-
-def test_a_fetched_wheel_is_checked(index, tmp_path):
-    (tmp_path / "to").mkdir()
-    assert config.fetch_wheel("made-up==1.0", config.file_sha256(index), tmp_path / "to").name == index.name
-    with pytest.raises(UserError, match="not the file that was expected"):
-        config.fetch_wheel("made-up==1.0", "0" * 64, tmp_path / "to")
-    with pytest.raises(UserError, match="cannot fetch made-up==2.0"):
-        config.fetch_wheel("made-up==2.0", "0" * 64, tmp_path / "to")
-
-
 def test_a_missing_pairs_file_names_the_command_that_makes_it():
     with pytest.raises(UserError, match="python data/build_pairs.py --source ml-100k --output nowhere/100k.jsonl"):
         config.load_split(EvaluationSettings(pairs="nowhere/100k.jsonl"))
@@ -139,6 +149,33 @@ def test_a_missing_pairs_file_names_the_command_that_makes_it():
 def test_a_missing_base_model_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match="cannot load the base model .*absent"):
         config.load_tokenizer(EvaluationSettings(base_model=str(tmp_path / "absent")))
+
+
+def test_a_base_model_that_brings_code_is_refused_and_the_code_not_run(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    tokenizer = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"} | tokenizer
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+    text = json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": code})
+    (folder / "tokenizer_config.json").write_text(text)
+    settings = EvaluationSettings(base_model=str(folder))
+    for load in (lambda: config.load_tokenizer(settings), lambda: config.parameter_count(str(folder))):
+        with pytest.raises(UserError, match="cannot load the base model"):
+            load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_base_model_is_refused(tmp_path, tiny_model):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).symlink_to(path)
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load the base model"):
+        config.load_model(EvaluationSettings(base_model=str(folder), bits=16), torch.float32)
 
 
 @pytest.fixture
@@ -150,7 +187,8 @@ def packed(monkeypatch):
 def test_4_bit_weights_are_the_same_whatever_is_computed_in(tiny_model, packed):
     """Training computes in bfloat16 and evaluation in float32, over the same 4-bit weights."""
     settings = EvaluationSettings(base_model=str(tiny_model))
-    found = [config.load_model(settings, dtype)[0].model.layers[0].mlp.up_proj.weight for dtype in (torch.float32, torch.bfloat16)]
+    models = [config.load_model(settings, dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    found = [model.model.layers[0].mlp.up_proj.weight for model in models]
     assert found[0].dtype == torch.uint8
     assert torch.equal(found[0].data, found[1].data)
 
@@ -182,15 +220,17 @@ def test_gradients_are_above_zero_after_an_evaluation_of_4_bit_weights(tiny_mode
 
 @pytest.mark.parametrize("script", ["train_dpo.py", "evaluate_dpo.py"])
 def test_help_and_errors_on_the_command_line(script, tmp_path):
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, config.ROOT / script, *flags], capture_output=True, text=True, cwd=tmp_path)
+    def start(*flags: str) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, config.ROOT / script, *flags], **pipes, cwd=tmp_path)
 
-    shown = run("--help").stdout
+    helped, wrong = start("--help"), start("--bits", "3")
+    shown, _ = helped.communicate()
     assert "--base_model" in shown and "Defaults are those of the preset small" in shown and "--no_" not in shown
-    wrong = run("--bits", "3")
+    _, said = wrong.communicate()
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
-    assert len(wrong.stderr.splitlines()) == 2
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert len(said.splitlines()) == 2
 
 
 @pytest.mark.parametrize("script", [train_dpo, evaluate_dpo])
@@ -205,38 +245,12 @@ def test_a_base_model_that_caps_its_logits_is_refused(script, flags, tiny_model,
         script.main([*flags, "--base_model", str(tmp_path / "capped")])
 
 
-def test_an_adapter_of_other_settings_is_a_problem(tmp_path):
-    settings = preset_settings(EvaluationSettings, "small")
-    folder = tmp_path / "adapter"
-    assert "there is no adapter" in config.adapter_problem(folder, settings, "digest")
-    folder.mkdir()
-    assert "no adapter_config.json" in config.adapter_problem(folder, settings, "digest")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"weight": torch.zeros(8)}, folder / "adapter_model.safetensors")
-    assert config.adapter_problem(folder, settings, "digest") == ""
-    run = {"settings": {"base_model": config.SMALL_MODEL}, "data": {"test_digest": "digest"}}
-    (folder / "run.json").write_text(json.dumps(run))
-    assert config.adapter_problem(folder, settings, "digest") == ""
-    assert "may have seen the test pairs" in config.adapter_problem(folder, settings, "another")
-    run["settings"]["base_model"] = "another/model"
-    (folder / "run.json").write_text(json.dumps(run))
-    assert "trained on the base model another/model" in config.adapter_problem(folder, settings, "digest")
-    (folder / "run.json").write_text("{")
-    assert "cannot be read" in config.adapter_problem(folder, settings, "digest")
-
-
-def test_without_pip_the_error_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(UserError, match="cannot fetch"):
-        config.fetch_wheel("made-up==1.0", "0" * 64, tmp_path)
-
-
 def test_micro_batch_and_checkpointing_follow_the_memory_of_the_card(monkeypatch, tmp_path):
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
-    ).save_pretrained(tmp_path)
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    shape = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32} | heads
+    LlamaConfig(**shape).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
 
@@ -250,13 +264,15 @@ def test_micro_batch_and_checkpointing_follow_the_memory_of_the_card(monkeypatch
     assert fitting(8) == (8, True, False)
     assert fitting(8, gradient_checkpointing=False) == (1, False, False), "as asked"
     assert fitting(80, share=64) == (32, False, False)
-    assert fitting(24, batch_size=4) == (4, False, False) and fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True, False)
+    assert fitting(24, batch_size=4) == (4, False, False)
+    assert fitting(24, share=16, batch_size=16, effective_batch=16) == (16, True, False)
 
 
 def test_cuda_graphs_are_for_small_models_and_for_where_they_give_the_same_numbers(monkeypatch, tmp_path):
     from transformers import LlamaConfig
 
-    LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9).save_pretrained(tmp_path)
+    shape = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    LlamaConfig(**shape, num_attention_heads=9).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
 
@@ -275,5 +291,5 @@ def test_cuda_graphs_are_for_small_models_and_for_where_they_give_the_same_numbe
         assert not graphs(**elsewhere, shared_prompt="trainer" not in elsewhere)
         with pytest.raises(UserError, match="CUDA graphs are for the shared trainer through Unsloth on one GPU"):
             graphs(cuda_graphs=True, **elsewhere)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(config, "PROCESSES", 2)
     assert not graphs()

@@ -1,37 +1,50 @@
 """The pairs format: read, refuse, write, split, show in either order."""
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from conftest import FUZZ_TIMES, REAL_PAIRS, make_pairs
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
-from conftest import REAL_PAIRS, make_pairs
+from data.machine import ROOT
 from data.pairs import (
+    LONGEST_LINE,
     OPTION_ORDERS,
     Movie,
     Pair,
     PairsError,
+    hold_back,
     ids_digest,
     load_pairs,
+    make_pair,
     preference_row,
     preference_rows,
     split_pairs,
+    with_strangers,
     write_pairs,
 )
 
 TITANIC = Movie("Titanic (1997)", ("Drama", "Romance"))
 ALIEN = Movie("Alien, L' (The Other: Part 1) (1979)", ("Sci-Fi",))
-PAIR = Pair(("Bug's Life, A (1998)", "Heat (1995)", "54 (1998)", "Naked Gun: Files, The (1988)", "Big (1988)"), TITANIC, ALIEN)
-INPUT = preference_row(PAIR, "A")["prompt"].split("### Input:\n")[1].split("\n")[0]
+WATCHED = ("Bug's Life, A (1998)", "Heat (1995)", "54 (1998)", "Naked Gun: Files, The (1988)", "Big (1988)")
+PAIR = Pair(WATCHED, TITANIC, ALIEN)
+
+
+def input_of(pair: Pair) -> str:
+    return preference_row(pair, "A")["prompt"].split("### Input:\n")[1].split("\n")[0]
+
+
+INPUT = input_of(PAIR)
 real = pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the 6,040 real pairs are not on this machine")
 
 
 def line(**changes: object) -> str:
-    return json.dumps({"instruction": "x", "input": INPUT, "output": "The better recommendation is Option B. ..."} | changes)
+    text = {"instruction": "x", "input": INPUT, "output": "The better recommendation is Option B. ..."}
+    return json.dumps(text | changes)
 
 
 def test_a_line_becomes_a_pair_with_the_answer_as_preferred_film(tmp_path):
@@ -99,11 +112,105 @@ def test_a_pair_that_would_not_be_read_back_is_not_written(tmp_path):
 
 
 @given(content=st.binary(max_size=300))
-def test_any_bytes_give_pairs_or_the_documented_error(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("fuzz") / "p.jsonl"
+def test_any_bytes_give_pairs_or_the_documented_error(tmp_path, content):
+    path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(PairsError):
         load_pairs(path)
+
+
+letters = st.characters(
+    exclude_categories=["Cs", "Cc"],
+    exclude_characters="\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+)
+odd_names = ["Seven (Se7en)", "Option B: X", "A. Option A: B", "54", "M*A*S*H", "a (b|c)"]
+names = st.text(letters, min_size=1, max_size=20) | st.sampled_from(odd_names)
+titles = st.builds(lambda name, year: f"{name} ({year})", names, st.integers(1900, 2030))
+genres = st.sampled_from(["War", "Sci-Fi", "Children's", "Film-Noir"]) | names
+movies = st.builds(Movie, titles, st.lists(genres, min_size=1, max_size=3).map(tuple))
+any_pairs = st.builds(Pair, st.tuples(*[titles] * 5), movies, movies, st.sampled_from("AB"))
+
+
+@settings(max_examples=200 * FUZZ_TIMES)
+@given(pair=any_pairs)
+def test_a_pair_that_is_written_is_read_back_equal(tmp_path, pair):
+    try:
+        write_pairs(tmp_path / "p.jsonl", [pair])
+    except PairsError:
+        return  # said so, and wrote nothing
+    assert load_pairs(tmp_path / "p.jsonl") == [pair]
+
+
+LINES = [line(input=input_of(pair), output=preference_row(pair, "A")["chosen"]).encode() for pair in make_pairs(5)]
+
+
+@st.composite
+def damaged_lines(draw) -> bytes:
+    """A good line with a few bytes deleted, changed, doubled or put elsewhere."""
+    text = bytearray(draw(st.sampled_from(LINES)))
+    for _ in range(draw(st.integers(0, 4))):
+        at, length = draw(st.integers(0, len(text))), draw(st.integers(0, 12))
+        known = [b"", b". Option B: ", b"(1999), ", b'"', b"\\u0000", bytes(text[at : at + 2 * length])]
+        text[at : at + length] = draw(st.binary(max_size=6) | st.sampled_from(known))
+    return bytes(text)
+
+
+@settings(max_examples=300 * FUZZ_TIMES)
+@given(lines=st.lists(damaged_lines() | st.binary(max_size=40), min_size=1, max_size=3))
+def test_any_lines_give_pairs_or_the_documented_error(tmp_path, lines):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        found = load_pairs(path)
+    except PairsError as error:
+        assert str(path) in str(error)
+        return
+    write_pairs(path, found)
+    assert load_pairs(path) == found
+
+
+HOSTILE = ["X\x1b[2J (1990)", "X\u202e (1990)", "X" * 400 + " (1990)", "X" * 1_000_000 + " (1990)"]
+
+
+@pytest.mark.parametrize("title", HOSTILE, ids=["escape", "right to left", "long", "endless"])
+def test_a_title_that_would_steer_a_terminal_or_fill_it_is_refused(tmp_path, title):
+    [pair] = make_pairs(1)
+    with pytest.raises(PairsError):
+        write_pairs(tmp_path / "p.jsonl", [Pair(pair.history, Movie(title, ("War",)), pair.other)])
+    films = f"History: {', '.join(pair.history)}. Option A: {title} (War). Option B: {pair.other}."
+    (tmp_path / "p.jsonl").write_text(line(input=films) + "\n")
+    with pytest.raises(PairsError, match="control characters|title is longer than|longer than 10,000 bytes"):
+        load_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_pairs_file_of_a_gigabyte_is_refused_unread(tmp_path):
+    with open(tmp_path / "p.jsonl", "wb") as file:
+        file.truncate(10**9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PairsError, match="1.0 GB, more than"):
+        load_pairs(tmp_path / "p.jsonl")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_a_line_made_to_keep_the_parser_busy_is_refused_at_once(tmp_path):
+    busy = line(input="History: " + ". Option A: . Option B: " * 500)  # unguarded: seconds
+    (tmp_path / "p.jsonl").write_text(busy)
+    with pytest.raises(PairsError, match=f"longer than {LONGEST_LINE:,} bytes"):
+        load_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_pair_of_ones_own_is_checked_as_a_line_of_a_file():
+    history = [f"Film {number} (1990)" for number in range(5)]
+    pair = make_pair([*history, " "], (" X (1991) ", "War | Drama"), ("Y (1992)", "Comedy"))
+    assert (pair.preferred.title, pair.preferred.genres) == ("X (1991)", ("War", "Drama"))
+    for wrong, problem in [
+        ((history[:4], ("X (1991)", "War"), ("Y (1992)", "War")), "the history has 4 film"),
+        ((["no year", *history[1:]], ("X (1991)", "War"), ("Y (1992)", "War")), "a title ends in its"),
+        ((history, ("X (1991)", "War"), ("X (1991)", "Drama")), "are the same film"),
+        ((history, ("X (1991)", ""), ("Y (1992)", "Drama")), "the input is not"),
+    ]:
+        with pytest.raises(PairsError, match=problem):
+            make_pair(*wrong)
 
 
 def test_the_rejected_response_argues_for_the_other_film():
@@ -112,8 +219,9 @@ def test_the_rejected_response_argues_for_the_other_film():
     assert f"Option A: {ALIEN}. Option B: {TITANIC}." in row["prompt"]
     why = "The user has shown a strong preference for themes found in"
     tail = "does not align with their recent viewing patterns."
-    assert row["chosen"] == f"The better recommendation is Option B. Reasoning: {why} Drama|Romance. Option A (Sci-Fi) {tail}"
-    assert row["rejected"] == f"The better recommendation is Option A. Reasoning: {why} Sci-Fi. Option B (Drama|Romance) {tail}"
+    stem = "The better recommendation is Option"
+    assert row["chosen"] == f"{stem} B. Reasoning: {why} Drama|Romance. Option A (Sci-Fi) {tail}"
+    assert row["rejected"] == f"{stem} A. Reasoning: {why} Sci-Fi. Option B (Drama|Romance) {tail}"
 
 
 def test_every_rejected_response_is_the_chosen_one_of_the_swapped_pair(pairs):
@@ -135,9 +243,30 @@ def test_the_split_is_by_user_and_the_same_in_another_process(pairs_file, pairs)
     assert len(test) == 12
     code = f"from data.pairs import *; print(ids_digest(split_pairs(load_pairs({str(pairs_file)!r}))[1]))"
     command = [sys.executable, "-c", code]
-    environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(config.ROOT)}
+    environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     elsewhere = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     assert elsewhere == ids_digest(test) == ids_digest(split_pairs(pairs[::-1])[1])
+
+
+def test_pairs_held_back_are_of_users_that_are_not_trained_on(pairs):
+    train = [*pairs, Pair(pairs[0].history, TITANIC, ALIEN)]
+    for count in range(5):
+        used, validation = hold_back(train, count, 10)
+        assert len(used) == 10 and count <= len(validation) <= count + 1
+        assert not {pair.user_id for pair in used} & {pair.user_id for pair in validation}
+    used, validation = hold_back(train, 4, None)
+    assert {*used, *validation} == {*train} and len(used) + len(validation) == len(train)
+    assert hold_back(train[::-1], 4, None) == (used, validation), "in whatever order they come"
+
+
+def test_a_stranger_is_another_user_and_always_the_same_one():
+    pairs = make_pairs(20)
+    strange = with_strangers(pairs)
+    assert all(own.history != other.history for own, other in zip(pairs, strange, strict=True))
+    assert {pair.history for pair in pairs} == {pair.history for pair in strange}
+    assert [(pair.preferred, pair.other) for pair in pairs] == [(pair.preferred, pair.other) for pair in strange]
+    backwards = with_strangers(pairs[::-1])
+    assert [pair.history for pair in backwards[::-1]] == [pair.history for pair in strange]
 
 
 def test_pair_id_depends_on_content_and_not_on_order():

@@ -28,6 +28,7 @@ def main() -> None:
 
     import config
     import train_dpo
+    from data.files import write_json
 
     config.training_dtype = lambda: torch.float32
     losses = {}
@@ -41,7 +42,7 @@ def main() -> None:
     apart = max(abs(one - other) for one, other in zip(*losses.values(), strict=True))
     record = {"device": run["device"], "model": run["settings"]["base_model"], "bits": run["settings"]["bits"], "compute": "float32"}
     record |= {"steps": options.steps, "largest_difference": apart, "loss": losses}
-    config.write_json(options.results / "curves.json", record)
+    write_json(options.results / "curves.json", record)
     print(json.dumps(record | {"loss": None}), flush=True)
 
 

@@ -108,7 +108,7 @@ def score(options: argparse.Namespace, backend: str, out: str) -> None:
                     for first in range(0, len(examples), 8):
                         part = examples[first : first + 8]
                         batch = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(part)
-                        batch = train_dpo.tree_batch(part, batch, one_row=backend == "unsloth")
+                        batch = train_dpo.tree_batch(part, batch, in_row=backend == "unsloth")
                         batch = {key: value.to(model.device) if hasattr(value, "to") else value for key, value in batch.items()}
                         states = train_dpo.flat_hidden_states if backend == "unsloth" else train_dpo.tree_hidden_states
                         before = states(causal.base_model, batch).flatten(0, 1)[batch["tree_before"]]

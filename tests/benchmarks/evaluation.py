@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
 
+    import gpu
     import numpy as np
     import torch
     from peft import get_peft_model
 
     import config
     import evaluate_dpo
-    import gpu
+    from data.tokens import pair_tree
 
     config.quiet_libraries()
     settings = config.preset_settings(config.EvaluationSettings, options.preset, base_model=options.model, pairs=options.pairs)
@@ -49,7 +50,7 @@ def main() -> None:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.data.normal_(std=0.02)
-        trees = [evaluate_dpo.pair_tree(pair, tokenizer) for pair in test[: options.users]]
+        trees = [pair_tree(pair, tokenizer) for pair in test[: options.users]]
         evaluate_dpo.score(model, trees[:32], options.batch_users, "warm-up")
         began = time.monotonic()
         scores[mode] = np.array(evaluate_dpo.score(model, trees, options.batch_users, mode))

@@ -38,8 +38,13 @@ sys.path.insert(0, str(ROOT))
 import pandas as pd  # noqa: E402
 
 import config  # noqa: E402
-import evaluate_dpo  # noqa: E402
+from data.figures import STYLE, plot_all  # noqa: E402
+from data.files import write_json, write_text  # noqa: E402
+from data.measures import MEASURES, bootstrap_means, compute_metrics, percentile_interval, wins  # noqa: E402
 from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
+from data.predictions import MARGINS, read_predictions  # noqa: E402
+from data.report import cell, summary, table  # noqa: E402
+from data.verdict import interval_text, judge  # noqa: E402
 
 SEEDS = (3407, 3408, 3409, 3410, 3411)
 GRID = {  # arm: (learning rate, epochs) of each trial; four epochs a stage at most, and as many as both stages for sft_long
@@ -261,7 +266,7 @@ class Study:
 
         self.side_by_side(choose_or_end, list(GRID))
         name = "dry_run.json" if self.options.dry_run else "search.json"
-        config.write_json(self.work / name, {arm: self.chosen[arm].result() for arm in GRID})
+        write_json(self.work / name, {arm: self.chosen[arm].result() for arm in GRID})
 
     def take_search(self) -> None:
         """What an earlier search found."""
@@ -479,7 +484,7 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
         write_predictions(found, results / "ablations.csv.gz")
     answers = work / "ablations/eval_same/evaluation/generation.json"
     if answers.exists():
-        config.write_text(results / "generation.json", without_machine(answers.read_text()))
+        write_text(results / "generation.json", without_machine(answers.read_text()))
     (results / "runs").mkdir(exist_ok=True)
     written = [*sorted(work.glob("*/*/*_final/run.json")), *sorted(work.glob("*/*/evaluation/run.json"))]
     if any(path.parts[-4] == "main" for path in written):  # the comparison is published as a whole
@@ -496,8 +501,8 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
             continue
         if name.rpartition("_")[2] != str(SEEDS[0]):
             run["log_history"] = []  # of the other runs, what they cost is enough
-        config.write_json(results / "runs" / f"{part}_{name}.run.json", run)
-    config.write_json(results / "search.json", json.loads((work / "search.json").read_text()))
+        write_json(results / "runs" / f"{part}_{name}.run.json", run)
+    write_json(results / "search.json", json.loads((work / "search.json").read_text()))
     earlier = results / "commands.sh"  # a study may be run in parts, on several machines
     lines = (earlier.read_text() if earlier.exists() else "").splitlines()
     lines += without_machine((work / "commands.sh").read_text()).splitlines()
@@ -507,7 +512,7 @@ def collect(work: Path, results: Path, arms: list[str]) -> None:
             run = f"{named[1]}_{named[2]}.run.json"
             if (results / "runs" / run).exists():
                 published[run] = line
-    config.write_text(earlier, "\n".join(published.values()) + "\n")
+    write_text(earlier, "\n".join(published.values()) + "\n")
 
 
 def without_machine(text: str) -> str:
@@ -522,20 +527,20 @@ def write_predictions(rows: pd.DataFrame, path: Path) -> None:
 def report(results: Path) -> None:
     """metrics.json, ablations.json and the figures, from the predictions that lie in docs/results."""
     metrics = published_metrics(results)
-    config.write_json(results / "metrics.json", metrics)
-    predictions = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+    write_json(results / "metrics.json", metrics)
+    predictions = read_predictions(results / "predictions.csv.gz")
     with tempfile.TemporaryDirectory() as work:
-        evaluate_dpo.plot_all(predictions, metrics, Path(work) / "figures")
+        plot_all(predictions, metrics, Path(work) / "figures")
         for name in SHOWN:
             if (Path(work) / "figures" / f"{name}.png").exists():
                 shutil.copy(Path(work) / "figures" / f"{name}.png", results / f"{name}.png")
     found = ablations_of(results)
-    config.write_json(results / "ablations.json", found)
+    write_json(results / "ablations.json", found)
     draw_ablations(found, results / "ablations.png")
     draw_shortcut(found["usual protocol"], results / "shortcut.png")
     page = results / "README.md"
     if page.exists():
-        config.write_text(page, filled(page.read_text(encoding="utf-8"), results))
+        write_text(page, filled(page.read_text(encoding="utf-8"), results))
 
 
 def filled(page: str, results: Path) -> str:
@@ -567,21 +572,21 @@ def tables(results: Path) -> dict[str, str]:
                 (beneath, ("order_free_accuracy", "position_bias"), order_free),
             ):
                 wanted = [(name, arm) for name in names for arm in ("sft", "dpo")]
-                cells = [evaluate_dpo.cell(arms[arm][name], evaluate_dpo.MEASURES[name][1]) if arm in arms else "" for name, arm in wanted]
-                rows.append([title, label, *cells, *(evaluate_dpo.interval_text(value) if value else "" for value in about)])
+                cells = [cell(arms[arm][name], MEASURES[name][1]) if arm in arms else "" for name, arm in wanted]
+                rows.append([title, label, *cells, *(interval_text(value) if value else "" for value in about)])
     longer = []
     for study in AS_LONG:
         if difference := found.get(study, {}).get("dpo - longer sft"):
-            cells = [evaluate_dpo.cell(found[name]["arms"][arm]["ranking_accuracy"], "%") for name, arm in ((study, "dpo"), (AS_LONG[study], "sft"))]
-            also = [evaluate_dpo.interval_text(part) for part in (difference, difference["order_free_accuracy"])]
+            cells = [cell(found[name]["arms"][arm]["ranking_accuracy"], "%") for name, arm in ((study, "dpo"), (AS_LONG[study], "sft"))]
+            also = [interval_text(part) for part in (difference, difference["order_free_accuracy"])]
             labels = [f"{title}: {label}" for title, points in PANELS.items() for label, of in points if of == study]
             longer.append(["nothing" if study == "same" else labels[0], *cells, *also])
     same = found["same"]["arms"]
     precise = [
         [
-            *(arm, evaluate_dpo.cell(same[arm]["ranking_accuracy"], "%")),
-            *(evaluate_dpo.cell(same[f"{arm}@16bit"][name], "%") for name in ("ranking_accuracy", "order_free_accuracy", "position_bias")),
-            evaluate_dpo.cell(same[f"{arm}@16bit"]["precision_consistency"], "%"),
+            *(arm, cell(same[arm]["ranking_accuracy"], "%")),
+            *(cell(same[f"{arm}@16bit"][name], "%") for name in ("ranking_accuracy", "order_free_accuracy", "position_bias")),
+            cell(same[f"{arm}@16bit"]["precision_consistency"], "%"),
         ]
         for arm in same
         if f"{arm}@16bit" in same
@@ -598,15 +603,15 @@ def tables(results: Path) -> dict[str, str]:
     cost = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
     more = ("accuracy_with_popularity", "accuracy_against_popularity", "personalisation_gap", "calibration_error")
     more_of_arms = [
-        [arm, *(evaluate_dpo.cell(values[name], evaluate_dpo.MEASURES[name][1]) for name in more)]
+        [arm, *(cell(values[name], MEASURES[name][1]) for name in more)]
         for arm, values in metrics["arms"].items()
         if values["kind"] == "model" and "@" not in arm
     ]
-    heads = [f"{label} ({unit})" if unit else label for label, unit in (evaluate_dpo.MEASURES[name] for name in more)]
+    heads = [f"{label} ({unit})" if unit else label for label, unit in (MEASURES[name] for name in more)]
     return {
         "also": markdown(["arm", *heads], more_of_arms),
         "differing": markdown(["arms", "answers that differ, %"], [[names, f"{share:.1f}"] for names, share in found["differing answers"].items()]),
-        "main": f"```text\n{evaluate_dpo.table(metrics)}\n\n{evaluate_dpo.summary(metrics, MODEL)}\n```",
+        "main": f"```text\n{table(metrics)}\n\n{summary(metrics, MODEL)}\n```",
         "search": markdown(["arm", "from", "learning rate", "epochs", "ranking %", "order-free %", "response %"], tried),
         "usual": markdown(["arm", "usual protocol: A is always right, %", "both orders, %"], usual),
         "ablations": markdown(["what", "value", "SFT ranking %", "DPO ranking %", "SFT response %", "DPO response %", "SFT, change", "DPO, change", "DPO - SFT"], ablated),
@@ -628,15 +633,15 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 
 def published_metrics(results: Path) -> dict:
-    predictions = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
-    return evaluate_dpo.compute_metrics(predictions, 10_000, SEEDS[0])
+    predictions = read_predictions(results / "predictions.csv.gz")
+    return judge(compute_metrics(predictions, 10_000, SEEDS[0]))
 
 
 def ablations_of(results: Path) -> dict:
     """Measures of each ablation's arms, and of all arms under the usual protocol: one order, that of the file."""
     rows = pd.read_csv(results / "ablations.csv.gz", dtype={"seed": str, "preferred_more_popular": str}, keep_default_na=False,
-                       na_values={name: [""] for name in evaluate_dpo.MARGINS})  # fmt: skip
-    main_rows = evaluate_dpo.read_predictions(results / "predictions.csv.gz")
+                       na_values={name: [""] for name in MARGINS})  # fmt: skip
+    main_rows = read_predictions(results / "predictions.csv.gz")
     first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@") & (main_rows["history"] == "own")]
     same = rows[rows["study"] == "same"].drop(columns="study")
     first = first if same.empty else same  # each ablation changes one thing of this
@@ -656,7 +661,7 @@ def ablations_of(results: Path) -> dict:
     usual = pd.concat([main_rows, rows[rows["study"] == "original_order"].drop(columns="study")])
     usual = usual[(usual["history"] == "own") & (usual["kind"] == "model") & ~usual["arm"].str.contains("@")]
     usual = usual.drop_duplicates(["arm", "seed", "pair_id", "order"])
-    right = pd.Series(evaluate_dpo.wins(usual["decision_margin"].to_numpy()) * 100, index=usual.index)
+    right = pd.Series(wins(usual["decision_margin"].to_numpy()) * 100, index=usual.index)
     table = right.groupby([usual["arm"], usual["order"]], sort=False).mean().unstack()
     found["usual protocol"] = {
         arm: {"always A is right": round(row["A"], 6), "both orders": round((row["A"] + row["B"]) / 2, 6)}
@@ -665,7 +670,7 @@ def ablations_of(results: Path) -> dict:
     found["differing answers"] = differing_answers(main_rows)
     own = main_rows[(main_rows["history"] == "own") & main_rows["arm"].isin(("sft", "dpo", "sft_long"))]
     for name, more in (("more", "true"), ("less", "false")):
-        part = evaluate_dpo.compute_metrics(own[own["preferred_more_popular"] == more], 10_000, SEEDS[0])
+        part = judge(compute_metrics(own[own["preferred_more_popular"] == more], 10_000, SEEDS[0]))
         about = {"users": part["users"], **{pair: part["comparisons"][pair] for pair in ("dpo - sft", "dpo - sft_long")}}
         found.setdefault("where the preferred film is", {})[f"{name} popular"] = about
     found["change of DPO's lead"] = {
@@ -688,7 +693,7 @@ def differing_answers(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dict:
-    measured = evaluate_dpo.compute_metrics(rows, 10_000, SEEDS[0])
+    measured = judge(compute_metrics(rows, 10_000, SEEDS[0]))
     arms = {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or with_baselines}
     return {"arms": arms, "dpo - sft": measured["comparisons"].get("dpo - sft")}
 
@@ -696,7 +701,7 @@ def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dic
 def paired(rows: pd.DataFrame, arm: str, others: pd.DataFrame, other: str) -> dict:
     """The difference of two arms of different studies, over the same users."""
     both = [rows[rows["arm"] == arm].assign(arm="dpo"), others[others["arm"] == other].assign(arm="sft")]
-    found = evaluate_dpo.compute_metrics(pd.concat(both), 10_000, SEEDS[0])["comparisons"]["dpo - sft"]
+    found = judge(compute_metrics(pd.concat(both), 10_000, SEEDS[0]))["comparisons"]["dpo - sft"]
     return {name: value for name, value in found.items() if name not in ("p_holm", "verdict")}
 
 
@@ -704,11 +709,11 @@ def change_of_lead(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]
     """How much more DPO leads SFT in ranking accuracy in these rows than in others, over the same users."""
     leads = []
     for part in (rows, others):
-        right = pd.Series(evaluate_dpo.wins(part["decision_margin"].to_numpy()), index=part.index)
+        right = pd.Series(wins(part["decision_margin"].to_numpy()), index=part.index)
         by_user = right.groupby([part["pair_id"], part["arm"]]).mean().unstack()
         leads.append(100 * (by_user["dpo"] - by_user["sft"]))
     change = (leads[0] - leads[1]).to_numpy()[:, None]
-    low, high = evaluate_dpo.percentile_interval(evaluate_dpo.bootstrap_means(change, 10_000, SEEDS[0])[:, 0])
+    low, high = percentile_interval(bootstrap_means(change, 10_000, SEEDS[0])[:, 0])
     return {"value": round(float(change.mean()), 6), "low": round(low, 6), "high": round(high, 6)}
 
 
@@ -726,7 +731,7 @@ def draw_ablations(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
+    with plt.rc_context(STYLE):
         panels = panels_of(found)
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
@@ -779,7 +784,7 @@ def draw_shortcut(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(evaluate_dpo.FIGURE_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(3.8, 0.3 * len(found) + 0.9), layout="constrained")
         for row, values in enumerate(found.values()):
             axis.plot(list(values.values()), [row, row], color="0.8", linewidth=1, zorder=0)

@@ -153,6 +153,7 @@ def run_case(case: dict) -> dict:
 
     import train_dpo
     from data.pairs import preference_rows
+    from data.tokens import longest_in_tokens
 
     config.quiet_libraries()
     if case.get("kernels") == "liger":
@@ -164,7 +165,6 @@ def run_case(case: dict) -> dict:
     if case["memory_gb"] and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory_gb"] * 1e9 / total)
-    config.UNSLOTH_CHECKPOINTING = "unsloth" if case["checkpointing"] == "offloaded" else True
     settings = config.preset_settings(
         config.TrainingSettings,
         case["preset"],
@@ -175,7 +175,7 @@ def run_case(case: dict) -> dict:
         backend=case["backend"],
         outputs=case["work"],
         effective_batch=case["effective_batch"],
-        gradient_checkpointing=bool(case["checkpointing"]),
+        gradient_checkpointing="unsloth" if case["checkpointing"] == "offloaded" else case["checkpointing"],
         cuda_graphs=case.get("cuda_graphs"),
         batch_size=case["micro_batch"],
         validation_pairs=0,
@@ -185,7 +185,8 @@ def run_case(case: dict) -> dict:
     )
     train, _ = config.load_split(settings)
     rows = preference_rows(train, "balanced", settings.seed)
-    longest = train_dpo.row_tokens("dpo", settings, rows)
+    prompts = 1 if case["trainer"] == "shared" else 2
+    longest = longest_in_tokens(rows, config.load_tokenizer(settings), ["chosen", "rejected"], prompts)
     _, _, graphs = config.fitting_batch_size(settings, case["effective_batch"], longest, case["trainer"] == "shared")
     warm_up = max(case.get("warm_up", WARM_UP), GRAPHS_WARM_UP if graphs else 0)
     settings.cuda_graphs, settings.max_steps = graphs, warm_up + timed
@@ -214,7 +215,7 @@ def run_case(case: dict) -> dict:
     train_dpo.reference_log_probs = timed_reference
     for known in Path(case["work"]).glob("*_reference/*.json"):
         known.unlink()  # so that the pass is measured
-    trainer = train_dpo.build_trainer("dpo", settings, rows, [], None, case["micro_batch"])
+    trainer = train_dpo.build_trainer("dpo", settings, train_dpo.Data(rows, [], {}), None, case["micro_batch"])
     trainer.add_callback(Clock())
     if case.get("kernels") == "compiled":
         for layer in trainer.model.base_model.model.model.layers:  # one graph a length of rows, which all layers share

@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import evaluate_dpo  # noqa: E402
+from data import measures, verdict  # noqa: E402
 
 CASES = [(users, difference, 1, 0) for users in (300, 1208, 6040) for difference in (0, 1, 3, 5)] + [
     (1208, difference, seeds, spread) for seeds in (3, 5) for spread in (0.5, 2, 5) for difference in (0, 5)
@@ -43,13 +43,13 @@ def simulate(users: int, difference: float, seeds: int, studies: int, resamples:
         gain = (difference / 100 + luck[1]) / (1 - skill.mean())
         dpo = random.random((2, users)) < skill + max(gain, 0) * (1 - skill) + min(gain, 0) * (1 - skill.mean())
         values[:, column] = 100 * (dpo.mean(axis=0) - sft.mean(axis=0))
-    means = evaluate_dpo.bootstrap_means(values, resamples, seed=0)
+    means = measures.bootstrap_means(values, resamples, seed=0)
     covered, verdicts = 0, Counter()
     for study in range(studies):
         runs = slice(study * seeds, (study + 1) * seeds)
-        low, high = evaluate_dpo.difference_interval(evaluate_dpo.over_seeds(means[:, runs], 0), users)
+        low, high = measures.difference_interval(measures.over_seeds(means[:, runs], 0), users)
         covered += low <= difference <= high
-        verdicts[evaluate_dpo.verdict(float(values[:, runs].mean()), low, high)] += 1
+        verdicts[verdict.verdict(float(values[:, runs].mean()), low, high)] += 1
     names = ("SUPPORTED", "NOT SUPPORTED", "PARTIAL: comparable", "PARTIAL: small gain", "INCONCLUSIVE")
     shares = {name: round(verdicts[name] / studies, 4) for name in names}
     return {

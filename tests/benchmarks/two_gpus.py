@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import config  # noqa: E402
-import evaluate_dpo  # noqa: E402
+from data.files import write_json  # noqa: E402
 from data.pairs import load_pairs, write_pairs  # noqa: E402
+from data.predictions import read_predictions  # noqa: E402
 
 STEPS = 24  # CUDA graphs are made in the first few
 
@@ -78,7 +79,7 @@ def main() -> None:
         arm = f"--outputs {scored} --adapters dpo_of_two={adapter}"
         call("evaluate_dpo.py", f"{flags} {arm} --strangers false --generate_users 0 --fast true --resamples 100", processes)
         run = json.loads((scored / "evaluation" / "run.json").read_text())
-        rows = evaluate_dpo.read_predictions(scored / "evaluation" / "predictions.csv")
+        rows = read_predictions(scored / "evaluation" / "predictions.csv")
         scores[processes] = rows[rows["kind"] == "model"].sort_values(["arm", "pair_id", "order"]).reset_index(drop=True)
         seconds = {name.split()[1]: value for name, value in run["seconds"].items() if name.startswith("scoring")}
         users = scores[processes]["pair_id"].nunique()
@@ -98,7 +99,7 @@ def main() -> None:
         "largest_difference_of_a_response_margin": float((one["response_margin"] - two["response_margin"]).abs().max()),
         "decisions_changed": int(((one["decision_margin"] > 0) != (two["decision_margin"] > 0)).sum()),
     }
-    config.write_json(options.results / "two_gpus.json", record)
+    write_json(options.results / "two_gpus.json", record)
     print(json.dumps(record), flush=True)
 
     outputs = options.work / "sharded"
@@ -106,7 +107,7 @@ def main() -> None:
     call("train_dpo.py", flags, 2, f"--config_file {ROOT / 'docs' / 'fsdp_qlora.yaml'}")
     run = json.loads((next(outputs.glob("*_dpo_4bit_final")) / "run.json").read_text())
     record["sharded"] = {"model": config.SMALL_MODEL} | training(run)
-    config.write_json(options.results / "two_gpus.json", record)
+    write_json(options.results / "two_gpus.json", record)
     print(json.dumps(record["sharded"]), flush=True)
 
 

@@ -1,0 +1,32 @@
+"""The arms that are no language model."""
+
+import pytest
+from conftest import REAL_PAIRS, make_pairs
+
+from data.baselines import baseline_margins, film_counts
+from data.measures import wins
+from data.pairs import load_pairs, split_pairs
+
+
+@pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the 6,040 real pairs are not on this machine")
+def test_baselines_on_the_real_pairs():
+    train, test = split_pairs(load_pairs(REAL_PAIRS))
+    accuracy = {arm: wins(margin).mean() for arm, margin in baseline_margins(train, test).items()}
+    assert accuracy["always A"] == 0.5
+    assert accuracy["popularity"] == pytest.approx(0.83, abs=0.02)
+    assert 0.7 < accuracy["co-occurrence"] < 0.8
+    assert 0.6 < accuracy["genre overlap"] < 0.75
+
+
+def test_a_user_with_several_pairs_counts_once():
+    pairs = make_pairs(3)
+    more = [*pairs, pairs[0]]
+    assert film_counts(more) == film_counts(pairs)
+    together = [baseline_margins(part, pairs)["co-occurrence"].tolist() for part in (more, pairs)]
+    assert together[0] == together[1]
+
+
+def test_baselines_are_fitted_on_the_training_part_only():
+    pairs = make_pairs(30)
+    margins = baseline_margins([], pairs)
+    assert not margins["popularity"].any() and not margins["co-occurrence"].any() and not margins["genre overlap"].any()

@@ -1,0 +1,318 @@
+"""Scores, adapters, generated answers, and an evaluation from end to end."""
+
+import copy
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import adapter_of, make_pairs
+
+import config
+import evaluate_dpo
+import train_dpo
+from config import EvaluationSettings
+from data.adapters import original_name
+from data.errors import UserError
+from data.figures import draw_all
+from data.files import write_json
+from data.measures import compute_metrics, wins
+from data.pairs import ORDERS, STEM, preference_row, preference_rows, with_strangers
+from data.report import OF_ANSWERS
+from data.tokens import pair_tree
+
+# ----------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model):
+    return config.load_model(EvaluationSettings(base_model=str(tiny_model)), torch.float32)
+
+
+def plain_log_prob(model, tokenizer, prompt: str, response: str) -> float:
+    """log p(response, end of text | prompt) by one ordinary forward pass."""
+    start = len(tokenizer(prompt)["input_ids"])
+    tokens = torch.tensor([*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id])
+    with torch.no_grad():
+        log_probs = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+    return sum(log_probs[position - 1, tokens[position]].item() for position in range(start, len(tokens)))
+
+
+def test_scores_equal_those_of_plain_forward_passes(scorer):
+    model, tokenizer = scorer
+    pairs = make_pairs(7)
+    trees = [pair_tree(pair, tokenizer) for pair in pairs]
+    decision, response = evaluate_dpo.score(model.eval(), trees, batch_users=3, description="test")
+    assert decision.shape == response.shape == (7, 2)
+    for user, pair in enumerate(pairs):
+        for index, order in enumerate(ORDERS):
+            row = preference_row(pair, order)
+            texts = (row["chosen"], row["rejected"])
+            chosen, rejected = (plain_log_prob(model, tokenizer, row["prompt"], text) for text in texts)
+            assert response[user, index] == pytest.approx(chosen - rejected, abs=2e-4)
+            ids = tokenizer(row["prompt"] + STEM, return_tensors="pt")["input_ids"]
+            letters = {letter: tokenizer(f" {letter}")["input_ids"][0] for letter in ORDERS}
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, -1]
+            wanted = (logits[letters[order]] - logits[letters[ORDERS[1 - index]]]).item()
+            assert decision[user, index] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(scorer):
+    model, tokenizer = scorer
+    trees = [pair_tree(pair, tokenizer) for pair in make_pairs(9)]
+    alone, together = (evaluate_dpo.score(model.eval(), trees, size, "test") for size in (1, 9))
+    assert np.allclose(alone, together, atol=1e-4)
+
+
+def test_a_tree_computes_each_shared_beginning_once(scorer):
+    _, tokenizer = scorer
+    pair = make_pairs(1)[0]
+    tree = pair_tree(pair, tokenizer)
+    rows = [preference_row(pair, order) for order in ORDERS]
+    texts = [[*tokenizer(row["prompt"] + row[name])["input_ids"]] for row in rows for name in ("chosen", "rejected")]
+    assert len(tree.tokens) < 0.6 * sum(map(len, texts))
+    paths = [path for order in tree.paths for path in order]
+    for text, leaf in zip(texts, [path[-1] for path in paths], strict=True):
+        node, tokens = leaf, []
+        while node >= 0:
+            tokens.append(tree.tokens[node])
+            node = tree.parents[node]
+        assert tokens[::-1] == [*text, tokenizer.eos_token_id]
+
+
+def test_decisions_with_a_strangers_history_are_scored_without_the_responses(scorer):
+    model, tokenizer = scorer
+    pairs = make_pairs(4)
+    whole = [pair_tree(pair, tokenizer) for pair in pairs]
+    short = [pair_tree(pair, tokenizer, decision_only=True) for pair in pairs]
+    assert all(len(few.tokens) < 0.8 * len(all_.tokens) for few, all_ in zip(short, whole, strict=True))
+    one, other = (evaluate_dpo.score(model.eval(), trees, 4, "test")[0] for trees in (whole, short))
+    assert np.allclose(one, other, atol=1e-4)
+
+
+def test_a_model_that_always_says_a_scores_exactly_half(scorer):
+    model, tokenizer = scorer
+    trees = [pair_tree(pair, tokenizer) for pair in make_pairs(8)]
+    letter = tokenizer(" A")["input_ids"][0]
+
+    def prefer_a(module, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([letter]), 100.0)
+
+    hook = model.get_output_embeddings().register_forward_hook(prefer_a)
+    decision, _ = evaluate_dpo.score(model.eval(), trees, 4, "always A")
+    hook.remove()
+    assert wins(decision).mean() == 0.5
+    assert (decision[:, 0] > 0).all() and (decision[:, 1] < 0).all()
+
+
+def test_a_stranger_is_another_user_and_always_the_same_one():
+    pairs = make_pairs(20)
+    strange = with_strangers(pairs)
+    assert all(own.history != other.history for own, other in zip(pairs, strange, strict=True))
+    assert {pair.history for pair in pairs} == {pair.history for pair in strange}
+    assert [(pair.preferred, pair.other) for pair in pairs] == [(pair.preferred, pair.other) for pair in strange]
+    backwards = with_strangers(pairs[::-1])
+    assert [pair.history for pair in backwards[::-1]] == [pair.history for pair in strange]
+
+
+def test_answers_do_not_depend_on_how_a_base_model_was_published_to_generate(scorer):
+    model, tokenizer = scorer
+    prompts = [row["prompt"] for row in preference_rows(make_pairs(2), "balanced", 0)]
+
+    def answers() -> list:
+        return [evaluate_dpo.generate_answers(model, tokenizer, prompts, samples, 1, "") for samples in (None, 2)]
+
+    before, published = answers(), copy.deepcopy(model.generation_config)
+    try:
+        model.generation_config.update(repetition_penalty=5.0, min_p=0.9, no_repeat_ngram_size=2, num_beams=2)
+        assert answers() == before
+    finally:
+        model.generation_config = published
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+def predicted(flags: list[str]) -> tuple:
+    """(predictions, generated answers, seconds by part, mismatches)."""
+    settings = config.parse_settings(EvaluationSettings, flags)
+    train, test = config.load_split(settings)
+    adapters, mismatches = evaluate_dpo.find_adapters(settings, test)
+    return *evaluate_dpo.predict(settings, train, test, adapters), mismatches
+
+
+def test_two_adapters_on_one_base_score_as_each_alone(trained):
+    _, flags, _ = trained
+    settings = config.parse_settings(EvaluationSettings, flags)
+    _, test = config.load_split(settings)
+    alone = {}
+    for stage in ("sft", "dpo"):
+        model, tokenizer = config.load_model(settings, torch.float32)
+        trees = [pair_tree(pair, tokenizer) for pair in test]
+        model = evaluate_dpo.load_adapter(model, stage, adapter_of(flags, stage))
+        alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
+    predictions, generated, seconds, mismatches = predicted(flags)
+    assert mismatches == [] and generated is None
+    assert {"loading", "scoring base", "scoring sft 3407", "scoring dpo 3407"} == set(seconds)
+    predictions = predictions[predictions["history"] == "own"]
+    for stage in ("sft", "dpo"):
+        together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
+        assert np.allclose(together, alone[stage].ravel(), atol=1e-5)
+    assert not np.allclose(alone["sft"], alone["dpo"], atol=1e-5)
+
+
+def test_other_arms_can_be_evaluated_without_the_usual_two(trained, tmp_path):
+    _, flags, _ = trained
+    sft, dpo = (adapter_of(flags, stage) for stage in ("sft", "dpo"))
+    elsewhere = [*flags, "--outputs", str(tmp_path / "elsewhere")]
+
+    def arms(*adapters):
+        settings = config.parse_settings(EvaluationSettings, [*elsewhere, "--adapters", *adapters])
+        return [*evaluate_dpo.find_adapters(settings, config.load_split(settings)[1])[0]]
+
+    assert arms(f"other={dpo}") == ["other"]
+    assert arms(f"sft={sft}", f"dpo={dpo}", f"other={dpo}") == ["sft", "dpo", "other"]
+    with pytest.raises(UserError, match="no adapter of the arm dpo"):
+        arms(f"sft={sft}", f"other={dpo}")
+    for wrong in (f"dpo={sft}", f"sft_long={dpo}"):
+        problem = "is an adapter of (sft, given as the arm dpo|dpo, given as the arm sft_long)"
+        with pytest.raises(UserError, match=problem):
+            arms(f"sft={sft}", *[f"dpo={dpo}"][: not wrong.startswith("dpo")], wrong)
+    with pytest.raises(UserError, match="holds the same weights as"):
+        arms(f"sft={sft}", f"dpo={dpo},{dpo}")
+    with pytest.raises(UserError, match="--adapters is given twice"):
+        arms(f"sft={sft}", "--adapters", f"dpo={dpo}")
+
+
+def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tmp_path, capsys):
+    _, flags = mine
+    quick = [*flags, "--resamples", "20"]
+    with pytest.raises(UserError, match="it may have seen the test pairs"):
+        evaluate_dpo.main([*flags, "--test_share", "0.4"])
+    evaluate_dpo.main([*quick, "--test_share", "0.4", "--allow_mismatch", "true", "--fast", "true"])
+    evaluation = tmp_path / "outputs" / "evaluation"
+    assert capsys.readouterr().out.count("\nmismatch: ") == 2
+    assert (evaluation / "report.md").read_text().count("**Mismatch:**") == 2
+    answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.5), "sft": [], "base": {"answers": 1}}
+    write_json(evaluation / "generation.json", answers)
+    evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
+    assert capsys.readouterr().out.count("\nmismatch: ") == 2, "made anew from its predictions"
+    report = (evaluation / "report.md").read_text()
+    assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
+    for name, source in (("one", evaluation), ("two", tmp_path / "one" / "evaluation")):
+        place = ["--outputs", str(tmp_path / name)]
+        evaluate_dpo.main([*quick, *place, "--from_predictions", str(source / "predictions.csv")])
+        assert capsys.readouterr().out.count("\nmismatch: ") == 2, "what is known of them goes with them"
+        assert "| dpo | 0.5 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
+    write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
+    evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
+    assert "mismatch: " not in capsys.readouterr().out, "somebody's run.json may say anything"
+    (adapter_of(flags, "sft") / "run.json").unlink()
+    evaluate_dpo.main([*quick, "--fast", "true"])
+    assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
+
+
+def test_one_arm_of_several_seeds(trained, tmp_path):
+    training, flags, _ = trained
+    again = [*flags, "--outputs", str(tmp_path / "2"), "--seed", "2"]
+    train_dpo.main([*training, *again[-4:]])
+    folders = [adapter_of(flags), adapter_of(again)]
+    adapters = ["--adapters", f"sft={adapter_of(flags, 'sft')}", "dpo=" + ",".join(map(str, folders))]
+    extra = [*adapters, "--strangers", "true", "--generate_users", "3", "--generate_samples", "2"]
+    predictions, generated, _, _ = predicted([*flags, *extra])
+    assert list(generated.groupby(["arm", "seed"], sort=False).size()) == [6] * 4
+    dpo = predictions[predictions["arm"] == "dpo"]
+    assert list(dpo.groupby(["seed", "history"]).size()) == [36] * 4
+    assert dpo[dpo["history"] == "stranger"]["response_margin"].isna().all()
+    metrics = compute_metrics(predictions, 50, 0)
+    assert metrics["arms"]["dpo"]["personalisation_gap"]["value"] is not None
+    draw_all(predictions, metrics)["seeds"].savefig(tmp_path / "seeds.pdf")
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+
+def test_one_test_user_is_too_few(flags, monkeypatch):
+    monkeypatch.setattr(config, "load_split", lambda settings: (make_pairs(5), make_pairs(1)))
+    problem = "1 test users are too few for an interval\nGive more pairs, or raise --test_share"
+    with pytest.raises(UserError, match=problem):
+        evaluate_dpo.main(flags)
+
+
+def test_evaluation_without_adapters_says_how_to_make_them(flags):
+    problem = "no adapter of the arm sft .*\nMake it with: python train_dpo.py --preset small --stage sft"
+    with pytest.raises(UserError, match=problem):
+        evaluate_dpo.main(flags)
+
+
+def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
+    _, flags = mine
+    folder = tmp_path / "outputs" / "evaluation"
+    evaluate_dpo.main([*flags, "--resamples", "200", "--adapters", f"again={adapter_of(flags)}"])
+    out = capsys.readouterr().out
+    arms = ["always A", "genre overlap", "co-occurrence", "popularity", "base", "sft", "dpo", "again"]
+    assert [line[:13].strip() for line in out.splitlines() if line[:13].strip() in arms] == arms
+    assert "verdict: " in out.splitlines()[-3]
+
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert list(predictions) == [
+        *("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin", "response_margin"),
+        "preferred_more_popular",
+    ]
+    assert len(predictions) == len(arms) * 18 * 2
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["arms"]) == arms
+    assert metrics["arms"]["popularity"]["brier_score"]["value"] is None
+    assert metrics["arms"]["always A"]["ranking_accuracy"] == {"value": 50, "low": 50, "high": 50}
+    assert metrics["arms"]["again"] == metrics["arms"]["dpo"]
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    names = ("accuracy", "popularity", "position_bias", "reliability", "margins")
+    assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
+    assert "| popularity |" in (folder / "report.md").read_text()
+    assert r"\toprule" in (folder / "table.tex").read_text()
+
+    monkeypatch.setattr(evaluate_dpo, "plot_all", lambda *_: None)
+    before = (folder / "metrics.json").read_bytes()
+    saved = tmp_path / "predictions.csv"
+    saved.write_bytes((folder / "predictions.csv").read_bytes())
+    anew = [*flags, "--resamples", "200", "--from_predictions", str(saved)]
+    evaluate_dpo.main([*anew, "--outputs", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
+
+    assert json.loads((folder / "run.json").read_text())["compute_dtype"] == "float32", "whatever was trained in"
+    kept = [line for line in saved.read_text().splitlines(keepends=True) if not line.startswith("again,")]
+    saved.write_text("".join(kept))
+    evaluate_dpo.main(anew)
+    assert not (folder / "run.json").exists(), "it was of other predictions"
+    assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
+
+
+def test_a_second_precision_is_scored_and_compared_with_the_first(mine, no_figures, tmp_path, monkeypatch):
+    _, flags = mine
+    evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16"])
+    metrics = json.loads((tmp_path / "outputs" / "evaluation" / "metrics.json").read_text())
+    rows = pd.read_csv(tmp_path / "outputs" / "evaluation" / "predictions.csv")
+    right = {arm: (rows.loc[rows["arm"] == arm, "decision_margin"] > 0).to_numpy() for arm in ("dpo", "dpo@16bit")}
+    same = 100 * np.mean(right["dpo"] == right["dpo@16bit"])
+    assert metrics["arms"]["dpo@16bit"]["precision_consistency"]["value"] == pytest.approx(same, abs=1e-4)
+    assert metrics["arms"]["dpo"]["precision_consistency"]["value"] is None
+    assert {"dpo - sft", "dpo@16bit - sft@16bit", "base@16bit - sft@16bit"} <= set(metrics["comparisons"])
+    margins = [rows.loc[rows["arm"] == arm, "response_margin"].to_numpy() for arm in ("dpo", "dpo@16bit")]
+    assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
+    with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
+        config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])
+    monkeypatch.setattr(evaluate_dpo, "original_name", lambda name: "nowhere")
+    monkeypatch.setattr(evaluate_dpo, "adapter_problem", lambda *_: "")
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("hours of scoring would be lost"))
+    with pytest.raises(UserError, match="cannot load the base model nowhere"):
+        evaluate_dpo.main([*flags, "--second_bits", "16"])
+
+
+def test_a_base_model_stored_in_4_bits_gives_way_to_its_original():
+    assert original_name("unsloth/llama-3-8b-bnb-4bit") == "unsloth/llama-3-8b"
+    assert original_name("meta-llama/Meta-Llama-3-8B") == "meta-llama/Meta-Llama-3-8B"
+    first, second = evaluate_dpo.precisions(config.preset_settings(EvaluationSettings, "thesis", second_bits=16))
+    assert (first.base_model, first.bits) == ("unsloth/llama-3-8b-bnb-4bit", 4)
+    assert (second.base_model, second.bits) == ("unsloth/llama-3-8b", 16)

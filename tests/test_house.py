@@ -1,0 +1,51 @@
+"""Which module may know of which: what needs no model in data/, and above it what both scripts share."""
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+from config import ROOT
+
+MODULES = [f"data.{module.name}" for module in pkgutil.iter_modules(data.__path__)]
+SCRIPTS = ("train_dpo", "evaluate_dpo")
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or ".")
+    return {name.partition(".")[0] for name in names}
+
+
+def test_what_needs_no_model_loads_neither_torch_nor_transformers():
+    assert {"data.measures", "data.verdict", "data.report", "data.build_pairs"} <= {*MODULES}
+    code = (
+        "import importlib, sys\n"
+        f"for name in {MODULES}:\n"
+        "    importlib.import_module(name)\n"
+        "    for heavy in ('torch', 'transformers'):\n"
+        "        assert heavy not in sys.modules, f'{name} loads {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_needs_no_model_knows_nothing_of_what_does(module):
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert not imported(path) & {"config", *SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_the_other_and_config_imports_neither(script):
+    assert not imported(ROOT / f"{script}.py") & {*SCRIPTS}
+    assert script not in imported(ROOT / "config.py")
