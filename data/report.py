@@ -57,7 +57,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 def latex(metrics: dict[str, Any]) -> str:
     """The main table for a paper (booktabs)."""
-    cells = table_cells(metrics, {name: heading(name) for name in MAIN_MEASURES})
+    cells = table_cells(metrics, {name: heading(name) for name in MAIN_MEASURES}).rename_axis(columns="arm")
     style = cells.style.format(lambda text: "--" if text == "-" else text.replace("-", "$-$"))
     style = style.format_index(escape="latex").format_index(escape="latex", axis=1)
     return style.to_latex(hrules=True, column_format="l" + "r" * cells.shape[1])
@@ -127,7 +127,8 @@ def report(metrics: dict[str, Any], generation: dict[str, Any], notes: Sequence[
 # ----------------------------------------------------------------------------------------------- model cards
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "docs" / "model_card.md"
-CARD_MARK = "<!-- Written by this project's scripts, and rewritten by them; delete this line to keep your own text. -->"
+MARK = "Written by this project's scripts, and written anew by them; delete this line to keep your own text."
+CARD_MARK = f"<!-- {MARK} -->"
 CARD_SETTINGS = {
     "sft": ["sft_epochs", "sft_learning_rate"],
     "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
@@ -166,7 +167,7 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     lora, run = read_json(folder / "adapter_config.json"), read_run(folder)
-    trained, stage = settings_of(run), run["stage"] if run.get("stage") in CARD_SETTINGS else ""
+    trained, stage = settings_of(run), run["stage"] if run.get("stage") in ("sft", "dpo") else ""
     precision, weights = PRECISIONS[trained.get("bits", base["bits"])]
     names = [name for name in (*CARD_SETTINGS.get(stage, ()), *COMMON_SETTINGS) if name in trained]
     measured: dict[str, Any] = {"arm": arm}
@@ -197,7 +198,8 @@ def model_card(
         card_data,
         str(TEMPLATE),
         mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained, stage=stage,
-        data=run.get("data", {}), names=names, precision=precision, weights=weights, plain=plain,
+        known=bool(names) and isinstance(run.get("data"), dict), names=names, plain=plain,
+        precision=precision, weights=weights,
         stem=STEM, prompt=prompt,
         measured=measured if metrics is not None else None, limits=limits,
     )

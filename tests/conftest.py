@@ -123,7 +123,8 @@ def flags(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> list[str]:
 
 @pytest.fixture
 def training_flags(flags: list[str]) -> list[str]:
-    return [*flags, *"--max_steps 3 --batch_size 2 --effective_batch 4 --validation_pairs 4 --eval_steps 1".split()]
+    steps = ["--max_steps", "3", "--eval_steps", "1", "--validation_pairs", "4"]
+    return [*flags, *steps, "--batch_size", "2", "--effective_batch", "4"]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from conftest import adapter_of, make_pairs
 import config
 import evaluate_dpo
 import train_dpo
-from config import EvaluationSettings
+from config import EvaluationSettings, TrainingSettings
 from data.adapters import original_name
 from data.errors import UserError
 from data.figures import draw_all
@@ -130,6 +130,16 @@ def test_answers_do_not_depend_on_how_a_base_model_was_published_to_generate(sco
         assert answers() == before
     finally:
         model.generation_config = published
+
+
+def test_evaluation_never_imports_unsloth(monkeypatch):
+    """It would patch the transformers that the scores come from."""
+    asked = []
+    monkeypatch.setattr(config, "import_unsloth_first", asked.append)
+    for flags in (["--backend", "hf"], ["--backend=auto"], []):
+        config.parse_settings(TrainingSettings, flags)
+    config.parse_settings(EvaluationSettings, [])
+    assert asked == ["hf", "auto", "auto"]
 
 
 # --------------------------------------------------------------------------------------------------- adapters

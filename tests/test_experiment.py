@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-
 from benchmarks import experiment, gpu
 from conftest import make_pairs
+
 from data.pairs import load_pairs, split_pairs, write_pairs
 
 

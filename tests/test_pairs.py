@@ -10,10 +10,10 @@ from conftest import FUZZ_TIMES, REAL_PAIRS, make_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.errors import UserError
 from data.machine import ROOT
 from data.pairs import (
     LONGEST_LINE,
-    OPTION_ORDERS,
     Movie,
     Pair,
     PairsError,
@@ -23,6 +23,7 @@ from data.pairs import (
     make_pair,
     preference_row,
     preference_rows,
+    read_split,
     split_pairs,
     with_strangers,
     write_pairs,
@@ -187,8 +188,8 @@ def test_a_pairs_file_of_a_gigabyte_is_refused_unread(tmp_path):
     with open(tmp_path / "p.jsonl", "wb") as file:
         file.truncate(10**9)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(PairsError, match="1.0 GB, more than"):
-        load_pairs(tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match="1.0 GB, more than .*\nMend these lines, or build the file anew"):
+        read_split(str(tmp_path / "p.jsonl"), 0.2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -248,15 +249,27 @@ def test_the_split_is_by_user_and_the_same_in_another_process(pairs_file, pairs)
     assert elsewhere == ids_digest(test) == ids_digest(split_pairs(pairs[::-1])[1])
 
 
+def test_a_missing_pairs_file_names_the_command_that_makes_it():
+    with pytest.raises(UserError, match="python data/build_pairs.py --source ml-100k --output nowhere/100k.jsonl"):
+        read_split("nowhere/100k.jsonl", 0.2)
+
+
+def test_a_pairs_file_that_cannot_be_split_is_refused(tmp_path):
+    write_pairs(tmp_path / "p.jsonl", make_pairs(2))
+    with pytest.raises(UserError, match="holds 2 pair.s., too few to split"):
+        read_split(str(tmp_path / "p.jsonl"), 0.2)
+    with pytest.raises(UserError, match="cannot read the pairs file .*: Is a directory"):
+        read_split(str(tmp_path), 0.2)
+
+
 def test_pairs_held_back_are_of_users_that_are_not_trained_on(pairs):
     train = [*pairs, Pair(pairs[0].history, TITANIC, ALIEN)]
-    for count in range(5):
-        used, validation = hold_back(train, count, 10)
-        assert len(used) == 10 and count <= len(validation) <= count + 1
+    for count in range(len(train)):
+        used, validation = hold_back(train, count, None)
+        assert count <= len(validation) <= count + 1
+        assert {*used, *validation} == {*train} and len(used) + len(validation) == len(train)
         assert not {pair.user_id for pair in used} & {pair.user_id for pair in validation}
-    used, validation = hold_back(train, 4, None)
-    assert {*used, *validation} == {*train} and len(used) + len(validation) == len(train)
-    assert hold_back(train[::-1], 4, None) == (used, validation), "in whatever order they come"
+        assert hold_back(train[::-1], count, 10) == (used[:10], validation), "in whatever order they come"
 
 
 def test_a_stranger_is_another_user_and_always_the_same_one():
@@ -291,7 +304,7 @@ def test_the_real_pairs_are_read_split_and_shown():
     pairs = load_pairs(REAL_PAIRS)
     train, test = split_pairs(pairs)
     assert (len(pairs), len(train), len(test)) == (6040, 4832, 1208)
-    for option_order, rows, in_a in zip(OPTION_ORDERS, (6040, 12080, 6040), (3020, 6040, 6040), strict=True):
+    for option_order, rows, in_a in (("balanced", 6040, 3020), ("both", 12080, 6040), ("original", 6040, 6040)):
         shown = starts(preference_rows(pairs, option_order, seed=3407))
         assert (len(shown), shown.count("A")) == (rows, in_a)
     for pair, text in zip(pairs, REAL_PAIRS.read_text(encoding="utf-8").splitlines(), strict=True):

@@ -41,7 +41,7 @@ def test_the_model_named_beside_predictions_cannot_steer_the_terminal(tmp_path):
 
 def test_an_adapter_of_other_settings_is_not_passed_off_as_this_one():
     asked = vars(TrainingSettings(beta=0.5, sft_epochs=4.0, outputs="elsewhere"))
-    run = {"settings": vars(TrainingSettings()) | {"push_to_hub": None, "merge": None}}  # two that earlier versions had
+    run = {"settings": vars(TrainingSettings()) | {"push_to_hub": "films"}}  # which an earlier version had
     assert made_otherwise(run, "dpo", asked) == "beta 0.1, not 0.5"
     assert made_otherwise(run, "sft", asked) == "sft_epochs 1.0, not 4.0"
     del run["settings"]["beta"]
@@ -84,7 +84,8 @@ def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
 def test_training_runs_of_an_arm_that_are_not_alike_are_noted(trained, tmp_path):
     dpo = read_run(adapter_of(trained[1]))
     runs = {}
-    for seed, changes in {"1": {}, "2": {"seed": 2, "outputs": "elsewhere"}, "3": {"beta": 0.5}}.items():
+    earlier = {"seed": 2, "outputs": "elsewhere", "push_to_hub": "films", "merge": "merged"}  # two that are no more
+    for seed, changes in {"1": {}, "2": earlier, "3": {"beta": 0.5}}.items():
         runs[seed] = run_in(tmp_path / seed, **dpo | {"settings": dpo["settings"] | changes})
     assert notes_on_training({"dpo": runs}, 4) == ["the training runs of dpo differ in beta, not in their seed alone"]
     strange = run_in(runs.pop("3"), stage=["dpo"], settings={"beta": 1})

@@ -55,6 +55,8 @@ def test_a_tokenizer_in_which_the_options_letter_is_no_token_is_refused():
     assert len(pair_tree(pair, Pieces(r" \w+|.")).paths) == 2
     with pytest.raises(UserError, match="cuts 'Option A' into .*'Option A', 'Option B'"):
         pair_tree(pair, Pieces(r"Option \w|."))
+    with pytest.raises(UserError, match="cuts 'Option A' into .*'A', 'B'"):  # after a space of its own
+        pair_tree(pair, Pieces(LETTERS))
 
 
 def test_rows_that_a_trainer_lost_cut_or_changed_are_found(rows):

@@ -57,9 +57,9 @@ def main() -> None:
         seconds = time.monotonic() - began
         records.append(
             {
-                **{"device": config.environment_facts()["device"], "shape": options.shape, "bits": settings.bits, "compute": mode},
-                **{"users": len(trees), "batch_users": options.batch_users, "seconds": round(seconds, 1)},
-                **{"pairs_per_second": round(len(trees) / seconds, 1)},
+                "device": config.environment_facts()["device"], "shape": options.shape, "bits": settings.bits, "compute": mode,
+                "users": len(trees), "batch_users": options.batch_users, "seconds": round(seconds, 1),
+                "pairs_per_second": round(len(trees) / seconds, 1),
                 "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             }
         )

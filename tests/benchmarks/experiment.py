@@ -247,10 +247,10 @@ class Study:
             ]
             for run in runs:
                 run.priority = arm == "dpo_base"  # the others wait for SFT
-            if runs and after in {trial["run"] for trial in before.get("sft", {"trials": []})["trials"]}:
-                if not self.adapter(after).is_dir():  # found by an earlier search, whose adapters are gone
-                    schedule = self.schedule_of("sft")
-                    self.train([Run(after, "sft", f"{schedule} --validation_pairs 0", None, pairs)])
+            found = {trial["run"] for trial in before.get("sft", {"trials": []})["trials"]}
+            if runs and after in found and not self.adapter(after).is_dir():  # by an earlier search, whose adapters are gone
+                schedule = self.schedule_of("sft")
+                self.train([Run(after, "sft", f"{schedule} --validation_pairs 0", None, pairs)])
             self.train(runs)
             if runs:
                 self.evaluate(f"search/eval_{arm}", {run.name[7:]: run.name for run in runs}, f"--strangers false {NO_ANSWERS}", pairs)

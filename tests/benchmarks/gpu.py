@@ -297,13 +297,13 @@ def main() -> None:
     records = []
     for backend, trainer, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
         case = {
-            **{"backend": backend, "trainer": trainer, "micro_batch": micro_batch, "checkpointing": checkpointing},
-            **{"preset": "thesis", "model": str(model)},
-            **{"pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch)},
-            **{"shape": options.shape, "work": str(work), "out": str(work / "record.json")},
-            **{"profile": options.profile if not records else None},
+            "backend": backend, "trainer": trainer, "micro_batch": micro_batch, "checkpointing": checkpointing,
+            "preset": "thesis", "model": str(model),
+            "pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch),
+            "shape": options.shape, "work": str(work), "out": str(work / "record.json"),
+            "profile": options.profile if not records else None,
             **{name: getattr(options, name) for name in ("kernels", "optim") if getattr(options, name)},
-            **{"warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": {"true": True, "false": False}.get(options.cuda_graphs)},
+            "warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": {"true": True, "false": False}.get(options.cuda_graphs),
         }
         records.append(in_own_process(case))
         print(json.dumps(records[-1]), flush=True)

@@ -53,8 +53,8 @@ def simulate(users: int, difference: float, seeds: int, studies: int, resamples:
     names = ("SUPPORTED", "NOT SUPPORTED", "PARTIAL: comparable", "PARTIAL: small gain", "INCONCLUSIVE")
     shares = {name: round(verdicts[name] / studies, 4) for name in names}
     return {
-        **{"users": users, "true_difference": difference, "seeds": seeds, "spread_of_seeds": spread, "studies": studies, "resamples": resamples},
-        **{"coverage": round(covered / studies, 4), "coverage_error": round(math.sqrt(0.95 * 0.05 / studies), 4), **shares},
+        "users": users, "true_difference": difference, "seeds": seeds, "spread_of_seeds": spread, "studies": studies, "resamples": resamples,
+        "coverage": round(covered / studies, 4), "coverage_error": round(math.sqrt(0.95 * 0.05 / studies), 4), **shares,
     }
 
 

@@ -65,11 +65,11 @@ def main() -> None:
 
 def case_of(options: argparse.Namespace, cuda: bool, trainer: str, micro_batch: int) -> dict:
     return {
-        **{"backend": "unsloth" if trainer != "stock" and cuda else "hf", "trainer": "stock" if trainer == "unsloth" else trainer},
-        **{"micro_batch": micro_batch, "effective_batch": max(options.effective_batch, micro_batch)},
-        **{"checkpointing": cuda and not options.no_checkpointing, "preset": options.preset, "model": options.model},
-        **{"shape": options.shape, "pairs": options.pairs, "work": options.work, "memory_gb": options.memory_gb},
-        **{"warm_up": options.warm_up, "timed": options.timed, "out": f"{options.work}/record.json"},
+        "backend": "unsloth" if trainer != "stock" and cuda else "hf", "trainer": "stock" if trainer == "unsloth" else trainer,
+        "micro_batch": micro_batch, "effective_batch": max(options.effective_batch, micro_batch),
+        "checkpointing": cuda and not options.no_checkpointing, "preset": options.preset, "model": options.model,
+        "shape": options.shape, "pairs": options.pairs, "work": options.work, "memory_gb": options.memory_gb,
+        "warm_up": options.warm_up, "timed": options.timed, "out": f"{options.work}/record.json",
     }
 
 

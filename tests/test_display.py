@@ -1,0 +1,154 @@
+"""What the notebook shows: results, one user under every arm, and pickers."""
+
+import json
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_pairs, predictions_of
+
+import config
+import evaluate_dpo
+from data import display
+from data.errors import UserError
+from data.measures import SCHEMA_VERSION
+from data.pairs import PairsError, make_pair, preference_row, write_pairs
+from data.predictions import MARGINS, genre_pattern, read_predictions
+from data.runs import training_runs
+
+
+@pytest.fixture(scope="module")
+def evaluation(evaluated):
+    return config.evaluation_folder(evaluated)
+
+
+def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):
+    train, test = config.load_split(evaluated)
+    _, predictions = display.read_results(evaluation)
+    arms = evaluate_dpo.load_arms(evaluated, test)
+    scored = evaluate_dpo.predict_with(arms, train, test[:4], 2)
+    keys = ["arm", "pair_id", "order"]
+    both = scored.merge(predictions, on=keys, suffixes=("", "_recorded"))
+    assert len(both) == len(scored) == 7 * 4 * 2
+    for name in MARGINS:
+        assert np.allclose(both[name], both[f"{name}_recorded"], atol=2e-4, equal_nan=True)
+    steps = evaluate_dpo.side_by_side(arms, test[2])
+    assert not next(steps)["answer"].any(), "the choices come first"
+    live = list(steps)[-1]
+    recorded = display.recorded_choices(predictions, test[2])
+    b_first = predictions.sort_values("order", ascending=False, kind="stable")
+    pd.testing.assert_frame_equal(display.recorded_choices(b_first, test[2]), recorded)
+    assert list(live["arm"]) == list(recorded["arm"]) == ["base", "base", "sft", "sft", "dpo", "dpo"]
+    assert list(live["letter"]) == list(recorded["letter"]) and list(live["film"]) == list(recorded["film"])
+    assert np.allclose(live["probability"], recorded["probability"], atol=1e-4) and (live["probability"] >= 0.5).all()
+    assert live["answer"].str.len().gt(0).all() and live["probability"].round(6).nunique() > 2
+    for row in live.itertuples():
+        option = preference_row(test[2], row.order)["prompt"].partition(f"Option {row.letter}: ")[2]
+        assert option.startswith(row.film), "the film is the one under the letter"
+
+
+def test_one_user_is_shown_escaped_with_the_cited_genres_marked():
+    history = ["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"]
+    pair = make_pair(history, ("X & Y (1995)", "War|R&B"), ("Z (1996)", "Drama"))
+    rows = display.choices("dpo", pair, [1.0, 2.0])
+    assert list(rows["letter"]) == ["A", "B"] and set(rows["film"]) == {"X & Y (1995)"}
+    recommends = "The better recommendation is Option A. Reasoning: <i> War, R&B, not Drama <script>"
+    rows["answer"] = [recommends, "I like Drama."]
+    genres = genre_pattern([pair])
+    shown = display.choices_html(pair, rows, genres)
+    assert "&lt;b&gt;One&lt;/b&gt; (1990)" in shown and "&lt;script&gt;" in shown
+    assert "X &amp; Y (1995) (p = 0.73), <b>right</b>" in shown
+    assert "&lt;i&gt; <b>War</b>, <b>R&amp;B</b>, not <u>Drama</u>" in shown and "I like <u>Drama</u>." in shown
+    assert "<b>right" not in display.choices_html(pair, rows, genres, known=False)
+    torn = display.choices("sft", pair, [-1.0, 0.5])
+    assert list(torn["letter"]) == ["B", "B"] and list(torn["film"]) == ["Z (1996)", "X & Y (1995)"]
+    both_orders = display.choices_html(pair, torn, genres).rpartition("<td")[2]
+    assert both_orders.count("Z (1996), <b>wrong</b>") == 1
+
+
+def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_first():
+    sft = np.array([[4.0, 4], [1, 1], [-2, 1], [3, -1]])
+    dpo = np.array([[-1.0, -1], [2, 2], [3, 1], [-1, -1]])
+    rows = predictions_of(sft=sft, dpo=dpo)
+    test = make_pairs(4)
+    users = [pair.pair_id for pair in test]
+    groups = display.user_groups(test, rows, live=False)
+    assert groups == {
+        "all test users": users,
+        "SFT right, DPO wrong": [users[0], users[3]],
+        "DPO right, SFT wrong": [users[2]],
+    }
+    without_one = rows[rows["pair_id"] != users[0]]
+    assert display.user_groups(test, without_one, live=False)["SFT right, DPO wrong"] == [users[3]]
+    assert display.user_groups(test, None, live=True)["all test users"] == users
+    assert not any(display.user_groups(test, None, live=False).values())
+
+
+def test_picking_a_user_shows_that_user():
+    shown = []
+    picker = display.user_picker(shown.append, {"all": ["u1", "u2", "u3"], "none": [], "some": ["u3", "u2"]})
+    group, user = picker.children[0].children
+    assert [label for label, _ in group.options] == ["all (3)", "some (2)"] and shown == ["u1"]
+    user.value = "u2"
+    group.index = 1
+    assert shown == ["u1", "u2", "u3"] and list(user.options) == ["u3", "u2"]
+
+
+def test_the_form_for_ones_own_pair_hands_over_what_is_written_in_it():
+    shown, films = [], (("C (1992)", "War"), ("D (1993)", "Drama"))
+    box = display.own_pair_box(lambda *given: shown.append(given), ["A (1990)", "B (1991)"], *films)
+    titles, one, genres, *_ = box.children
+    titles.value, one.value, genres.value = "E (1990)\nF (1991)", "G (1992)", "Comedy|War"
+    next(child for child in box.children if isinstance(child, ipywidgets.Button)).click()
+    assert shown == [(["E (1990)", "F (1991)"], ("G (1992)", "Comedy|War"), ("D (1993)", "Drama"))]
+
+
+def test_what_the_user_must_fix_is_said_and_nothing_else(capsys):
+    def refuse(error):
+        raise error
+
+    assert display.or_say(max, 1, 2) == 2
+    for error in (UserError("no such file \x1b[2J", "Give another."), PairsError("line 1: not JSON")):
+        assert display.or_say(refuse, error) is None
+    assert capsys.readouterr().out == "no such file ?[2J\nGive another.\nline 1: not JSON\n"
+    with pytest.raises(KeyError):
+        display.or_say(refuse, KeyError("a bug"))
+
+
+def test_results_of_another_version_are_refused_with_the_command_that_makes_them(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(UserError, match="is of another version\nMake it .* --from_predictions .*/predictions.csv"):
+        display.read_results(tmp_path)
+
+
+def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, tmp_path, monkeypatch):
+    assert display.results_folder(evaluation) == evaluation
+    runs = training_runs(evaluation)
+    assert list(runs) == ["sft 3407", "dpo 3407"]
+    found = evaluate_dpo.settings_of_results(evaluation, runs, evaluated.outputs)
+    assert (found.base_model, found.pairs, found.outputs) == (evaluated.base_model, evaluated.pairs, evaluated.outputs)
+
+    monkeypatch.chdir(config.ROOT)
+    folder = display.results_folder(tmp_path)
+    assert folder in display.PUBLISHED
+    assert len(training_runs(config.ROOT / "docs" / "results" / "small")) == 2
+
+    published = tmp_path / "results"
+    (published / "runs").mkdir(parents=True)
+    (published / "metrics.json").write_bytes((evaluation / "metrics.json").read_bytes())
+    for name in ("main_seed1", "search_seed1"):  # of a study, the main comparison's runs are shown
+        (published / "runs" / f"{name}.run.json").write_text(json.dumps(runs["dpo 3407"]))
+    (published / "runs" / "main_eval.run.json").write_text(json.dumps({"seconds": {}}))
+    assert display.read_results(published)[1] is None
+    recorded = read_predictions(evaluation / "predictions.csv")
+    recorded.to_csv(published / "predictions.csv.gz", index=False)
+    pd.testing.assert_frame_equal(display.read_results(published)[1], recorded)
+    assert len(recorded) == 7 * 18 * 2
+    runs = training_runs(published)
+    assert list(runs) == ["main_seed1"]
+    assert evaluate_dpo.settings_of_results(published, runs, "o").base_model == evaluated.base_model
+    monkeypatch.chdir(tmp_path)
+    write_pairs("data/elsewhere.jsonl", make_pairs(2))
+    runs["main_seed1"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
+    assert evaluate_dpo.settings_of_results(published, runs, "o").pairs == "data/elsewhere.jsonl"
