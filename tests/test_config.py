@@ -188,7 +188,8 @@ def test_4_bit_weights_are_the_same_whatever_is_computed_in(tiny_model, packed):
     assert found[0].dtype == torch.uint8
     assert torch.equal(found[0].data, found[1].data)
     others = [model.model.embed_tokens.weight for model in models]
-    assert others[0].dtype == torch.float32 and torch.equal(others[0], others[1].float()), "16 bits of what is not packed"
+    assert others[0].dtype == torch.float32
+    assert torch.equal(others[0], others[1].float()), "what is not packed has 16 bits"
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -18,7 +18,7 @@ from data.errors import UserError
 from data.figures import draw_all
 from data.files import write_json
 from data.measures import compute_metrics, wins
-from data.pairs import ORDERS, STEM, preference_row, preference_rows, with_strangers
+from data.pairs import ORDERS, STEM, preference_row, preference_rows
 from data.report import OF_ANSWERS
 from data.tokens import pair_tree
 
@@ -105,16 +105,6 @@ def test_a_model_that_always_says_a_scores_exactly_half(scorer):
     hook.remove()
     assert wins(decision).mean() == 0.5
     assert (decision[:, 0] > 0).all() and (decision[:, 1] < 0).all()
-
-
-def test_a_stranger_is_another_user_and_always_the_same_one():
-    pairs = make_pairs(20)
-    strange = with_strangers(pairs)
-    assert all(own.history != other.history for own, other in zip(pairs, strange, strict=True))
-    assert {pair.history for pair in pairs} == {pair.history for pair in strange}
-    assert [(pair.preferred, pair.other) for pair in pairs] == [(pair.preferred, pair.other) for pair in strange]
-    backwards = with_strangers(pairs[::-1])
-    assert [pair.history for pair in backwards[::-1]] == [pair.history for pair in strange]
 
 
 def test_answers_do_not_depend_on_how_a_base_model_was_published_to_generate(scorer):

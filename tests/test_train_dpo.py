@@ -869,6 +869,8 @@ def test_two_processes_train_and_evaluate_as_one(flags, tmp_path):
         found[processes] = run_of(mine, "dpo"), pd.read_csv(outputs / "evaluation" / "predictions.csv")
     assert [run["processes"] for run, _ in found.values()] == [1, 2]
     assert found[1][0]["rows_seen"] == found[2][0]["rows_seen"] == 8
+    epochs = [run["log_history"][-1]["epoch"] for run, _ in found.values()]
+    assert epochs[1] == pytest.approx(epochs[0], abs=0.02), "as many rows a step"
     one, two = (predictions for _, predictions in found.values())
     margins = ["decision_margin", "response_margin"]
     assert one.drop(columns=margins).equals(two.drop(columns=margins))
