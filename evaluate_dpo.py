@@ -29,14 +29,14 @@ from config import EvaluationSettings
 from data.adapters import adapter_problem, original_name
 from data.baselines import BASELINES, film_counts
 from data.display import choices
-from data.errors import UserError, printable
+from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
-from data.measures import compute_metrics, generation_measures
+from data.measures import OF_ANSWERS, compute_metrics, generation_measures
 from data.pairs import ORDERS, Pair, ids_digest, preference_row, with_strangers
 from data.predictions import ARM_NAME, baseline_rows, generation_rows, genre_pattern, prediction_rows, read_predictions
-from data.report import OF_ANSWERS, latex, report, summary, table, write_card
-from data.runs import RUN, WEIGHTS, Adapters, model_of, notes_on, of_another_stage, read_run, settings_of
+from data.report import latex, report, summary, table, write_card
+from data.runs import RUN, WEIGHTS, Adapters, model_of, notes_of, notes_on, of_another_stage, read_run, settings_of
 from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import judge
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = config.evaluation_folder(settings)
     with only_run_in(folder) if config.RANK == 0 else contextlib.nullcontext():
         if settings.from_predictions:
-            predictions, generation, run = take_over(Path(settings.from_predictions), folder)
+            predictions, generation, run = load_earlier(Path(settings.from_predictions), folder)
         else:
             # adapters, scores, predictions
             config.quiet_libraries()
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.RANK != 0:
                 return
             generation = save(folder, rows, answers)
-            run = description(settings, test, adapters, mismatches, seconds)
+            run = run_record(settings, test, adapters, mismatches, seconds)
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
         # measures and verdict
@@ -65,22 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metrics = judge(compute_metrics(predictions, settings.resamples, settings.seed))
 
         # report
-        write_json(folder / "metrics.json", metrics)
         model, notes = model_of(run), notes_of(run)
+        write_json(folder / "metrics.json", metrics)
         write_text(folder / "report.md", report(metrics, generation, notes, model))
         write_text(folder / "table.tex", latex(metrics))
         plot_all(predictions, metrics, folder / "figures")
         if not settings.from_predictions:
             run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
             write_json(folder / RUN, run)
-            for arm, folders in reversed(adapters.items()):  # of two arms with one folder the first one's card stays
-                for adapter in folders.values():
-                    print(write_card(adapter, config.base_facts(settings), arm, metrics, mismatches))
-        said = [table(metrics), "", *notes, summary(metrics, model), "", f"written to {folder}"]
-        print(*said, sep="\n")
+            write_cards(settings, adapters, metrics, mismatches)
+        print(table(metrics), "", *notes, summary(metrics, model), "", f"written to {folder}", sep="\n")
 
 
-def take_over(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
+def write_cards(
+    settings: EvaluationSettings, adapters: Adapters, metrics: dict[str, Any], mismatches: list[str]
+) -> None:
+    """Each adapter's model card with its arm's measures; where two arms have one folder, the first one's card stays."""
+    for arm, folders in reversed(adapters.items()):
+        for folder in folders.values():
+            print(write_card(folder, config.base_facts(settings), arm, metrics, mismatches))
+
+
+def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
     """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder.
 
     What lies beside a predictions.csv may be somebody else's: what has another form is left out.
@@ -115,7 +121,7 @@ def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None =
     return generation
 
 
-def description(
+def run_record(
     settings: EvaluationSettings, test: list[Pair], adapters: Adapters, mismatches: list[str], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """What run.json says of an evaluation."""
@@ -131,13 +137,6 @@ def description(
         "compute_dtype": str(scoring_dtype(settings.fast)).removeprefix("torch."),
         "tensorfloat_32": settings.fast and config.cuda_present(),
     }
-
-
-def notes_of(run: dict[str, Any]) -> list[str]:
-    """Mismatches and notes of a run.json, each with its kind before it."""
-    kinds = {"mismatch": run.get("mismatches"), "note": run.get("notes")}
-    listed = [(kind, text) for kind, texts in kinds.items() if isinstance(texts, list) for text in texts]
-    return [f"{kind}: {printable(str(text))}" for kind, text in listed]
 
 
 # --------------------------------------------------------------------------------------------------- adapters
@@ -165,15 +164,18 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     if given and not usual.keys() & given.keys():
         usual = {stage: folders for stage, folders in usual.items() if folders[0].is_dir()}
     arms = usual | given
-    for arm, folder in ((arm, folder) for arm, folders in arms.items() for folder in folders if not folder.is_dir()):
-        command = f"python train_dpo.py --preset {settings.preset} --stage {arm if arm in ('sft', 'dpo') else 'dpo'}"
-        remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
-        raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
+    places = [(arm, number, folder) for arm, folders in arms.items() for number, folder in enumerate(folders)]
+    for arm, _, folder in places:
+        if not folder.is_dir():
+            stage = arm if arm in ("sft", "dpo") else "dpo"
+            command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
+            remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
+            raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
     vocabulary = len(config.load_tokenizer(settings))
     digest = ids_digest(test)
     adapters: Adapters = {}
     mismatches = []
-    for arm, number, folder in ((arm, *place) for arm, folders in arms.items() for place in enumerate(folders)):
+    for arm, number, folder in places:
         run, seeds = read_run(folder), adapters.setdefault(arm, {})
         problem = adapter_problem(folder, settings.base_model, vocabulary, digest) or of_another_stage(folder, arm)
         if problem and not (settings.allow_mismatch and (folder / WEIGHTS).is_file()):
@@ -225,8 +227,10 @@ def predict(
         config.check_base_model(precision.base_model)
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
-    asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]
-    loaded = [("base", "", None)] + [(arm, seed, at) for arm, seeds in adapters.items() for seed, at in seeds.items()]
+    asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
+    runs: list[tuple[str, str, Path | None]] = [("base", "", None)]
+    for arm, seeds in adapters.items():
+        runs += [(arm, seed, folder) for seed, folder in seeds.items()]
     seconds: dict[str, float] = {}
     for precision in precisions(settings):
         first = precision.bits == settings.bits
@@ -236,7 +240,7 @@ def predict(
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
-        for arm, seed, path in loaded:
+        for arm, seed, path in runs:
             if path is not None:
                 model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), path)
             arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()

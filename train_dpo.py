@@ -157,7 +157,7 @@ def train_within_memory(
     if config.cuda_present():
         torch.cuda.set_device(config.LOCAL_RANK)  # what is capped and measured is each process's own GPU
         if settings.gpu_memory_gb:
-            total = torch.cuda.get_device_properties(0).total_memory
+            total = torch.cuda.get_device_properties(config.LOCAL_RANK).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
     share = settings.effective_batch // config.PROCESSES
     shared = shares_prompt(stage, settings)
@@ -227,7 +227,8 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
             write_json(made / RUN, run)
             draw_losses(run["log_history"], run["stage"]).savefig(made / "loss.png", dpi=150)
             (made / "README.md").unlink(missing_ok=True)  # PEFT's, all gaps and a path of this machine
-            write_card(made, config.base_facts(settings))
+            if (said := write_card(made, config.base_facts(settings))).startswith("warning"):
+                print(said, file=sys.stderr, flush=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -286,20 +287,20 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
     class Checkpoints(TrainerCallback):
         stopping = False
 
-        def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_train_begin(self, args, state, control, **kwargs):
             if state.global_step >= state.max_steps:  # killed after the last step: transformers would train one more
                 raise AllTrained
 
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_step_end(self, args, state, control, **kwargs):
             if self.stopping:
                 control.should_save = control.should_training_stop = True
 
-        def on_save(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process writes its own random state
             if config.RANK == 0:
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-        def stop(self, number, frame):  # noqa: ANN001
+        def stop(self, number, frame):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
@@ -310,7 +311,7 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
         set_peft_model_state_dict(trainer.model, load_file(Path(path) / WEIGHTS), adapter_name="default")
 
     checkpoints = Checkpoints()
-    trainer.add_callback(checkpoints)
+    trainer.add_callback(checkpoints)  # after training_health, which looks at the gradients before one is sealed
     if checkpoint:
         if config.RANK == 0:
             print(f"{stage}: goes on from {checkpoint}", file=sys.stderr, flush=True)
@@ -440,7 +441,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
             self.looking: tuple[int, Any, Any] = (0, True, None)  # a step, are its gradients finite, when that is known
             self.weights: list[Any] = []
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # noqa: ANN001
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             self.look()
             if not self.weights or config.FSDP:  # to find them means to walk over every module
                 self.weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -459,13 +460,13 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
             if not finite:
                 raise UserError(f"{stage}: the gradient of step {step} is not finite", lower)
 
-        def on_save(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_save(self, args, state, control, **kwargs):
             self.look()  # before the checkpoint is called whole; the last step is always saved
 
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001
+        def on_step_end(self, args, state, control, **kwargs):
             self.step_ends.append(time.monotonic())
 
-        def on_log(self, args, state, control, logs, **kwargs):  # noqa: ANN001
+        def on_log(self, args, state, control, logs, **kwargs):
             if "loss" not in logs:
                 return
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -495,14 +496,18 @@ def progress_bar(stage: str) -> Any:
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(stage)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
             shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_loss": "held-out loss"}
-            values = {label: f"{logs[name]:.4f}" for name, label in shown.items() if name in logs}
+            values = {label: f"{logs[name]:.4f}" for name, label in shown.items() if name in (logs or {})}
             if self.training_bar is not None and values:
-                self.training_bar.set_description(stage, refresh=False)
                 self.training_bar.set_postfix(values)
 
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):  # noqa: ANN001
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
             pass  # a second bar would hide the first
 
     return Progress()
@@ -518,7 +523,7 @@ MOST_GRAPHS = 8  # each keeps gradients of its own
 
 def shares_prompt(stage: str, settings: TrainingSettings) -> bool:
     """Is a pair's prompt computed once? DPO's default, and its faster way, on a CPU and on a GPU."""
-    if settings.trainer == "shared" and config.FSDP:  # whose sharded model serves only whole forward passes
+    if stage == "dpo" and settings.trainer == "shared" and config.FSDP:  # which serves only whole forward passes
         raise UserError("the shared trainer cannot train a model that FSDP shards", "Give --trainer stock, or auto.")
     return stage == "dpo" and settings.trainer != "stock" and not config.FSDP
 
@@ -548,7 +553,7 @@ def shared_prompt_trainer(in_row: bool, graphs: bool = False) -> type:
             states = flat_hidden_states if in_row else tree_hidden_states
             self.hidden_states = Graphs(states) if graphs else states
 
-        def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):  # noqa: ANN001
+        def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
             if not hasattr(model, "peft_config"):  # unwrapping looks at every module: 16 ms for an 8B model
                 model = self.accelerator.unwrap_model(model)

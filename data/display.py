@@ -14,7 +14,7 @@ from scipy.special import expit
 from data.errors import UserError, printable
 from data.files import read_json
 from data.measures import SCHEMA_VERSION
-from data.pairs import ORDERS, Pair, PairsError, recommended
+from data.pairs import ORDERS, Pair, PairsError, other_letter, recommended
 from data.predictions import margins_by_user, read_predictions
 
 PUBLISHED = (Path("docs/results"), Path("docs/results/small"))
@@ -59,7 +59,7 @@ def choices(arm: str, pair: Pair, decision: Sequence[float]) -> pd.DataFrame:
     """
     rows = []
     for order, margin in zip(ORDERS, decision, strict=True):
-        letter = order if margin > 0 else ORDERS[1 - ORDERS.index(order)]
+        letter = order if margin > 0 else other_letter(order)
         film = pair.preferred if margin > 0 else pair.other
         row = {"arm": arm, "order": order, "letter": letter, "film": film.title, "margin": margin}
         rows.append(row | {"probability": float(expit(abs(margin))), "answer": ""})
@@ -98,7 +98,7 @@ def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known:
     for arm, found in rows.groupby("arm", sort=False):
         lines.append(f'</tr><tr><td style="{left}"><b>{html.escape(arm)}</b></td>')
         for row in found.itertuples():
-            shown = {row.order: pair.preferred, ORDERS[1 - ORDERS.index(row.order)]: pair.other}
+            shown = {row.order: pair.preferred, other_letter(row.order): pair.other}
             says = recommended(row.answer)
             answer = marked(row.answer, set(shown[says].genres) if says else set(), genres)
             film = named(row.film, f" (p = {row.probability:.2f})")

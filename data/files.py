@@ -94,7 +94,7 @@ def seal(folder: Path) -> None:
 def is_sealed(folder: Path) -> bool:
     """Are a folder's files all there as they were when it was sealed?"""
     written = read_json(folder / SEAL)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return bool(written) and all(file_sha256(folder / name) == sha256 for name, sha256 in written.items())
     return False
 

@@ -40,6 +40,7 @@ UNITS = {  # scale, lowest and highest value
 COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # arms are compared by these
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")  # a baseline's counts have none
 NEAR_TIE = 0.01  # nats
+OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")
 Columns = dict[str, np.ndarray]  # (users, columns) by measure
 
 
@@ -201,14 +202,9 @@ def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
     """
     asked = [answers for _, answers in rows.groupby(["seed", "pair_id"])["answer"]]
     agree = [answers.value_counts().drop("", errors="ignore").max() / len(answers) for answers in asked]
-    shares = {
-        "repeat_consistency": np.mean(np.nan_to_num(agree)),
-        "parsed": (rows["answer"] != "").mean(),
-        "right": (rows["answer"] == rows["order"]).mean(),
-        "cites_own_genre": rows["own_genre"].mean(),
-        "cites_foreign_genre": rows["foreign_genre"].mean(),
-    }
-    return {"answers": len(rows)} | {name: number(float(share)) for name, share in shares.items()}
+    recommends, right = (rows["answer"] != "").mean(), (rows["answer"] == rows["order"]).mean()
+    shares = (np.mean(np.nan_to_num(agree)), recommends, right, rows["own_genre"].mean(), rows["foreign_genre"].mean())
+    return dict(zip(OF_ANSWERS, (len(rows), *(number(float(share)) for share in shares)), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- intervals

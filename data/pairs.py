@@ -204,6 +204,10 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     return train, test
 
 
+def other_letter(letter: str) -> str:
+    return ORDERS[1 - ORDERS.index(letter)]
+
+
 def preference_row(pair: Pair, order: str) -> dict[str, str]:
     """The pair as text: `prompt`, `chosen` and `rejected`, with the preferred film as option `order`.
 
@@ -211,7 +215,7 @@ def preference_row(pair: Pair, order: str) -> dict[str, str]:
     place. The prompt ends in one newline and the responses begin without white space, so that a tokenizer
     cuts prompt + response where the prompt ends.
     """
-    contrary = ORDERS[1 - ORDERS.index(order)]
+    contrary = other_letter(order)
     return {
         "prompt": f"### Instruction:\n{INSTRUCTION}\n\n### Input:\n{_input_text(pair, order)}\n\n### Response:\n",
         "chosen": _response(order, pair.preferred, contrary, pair.other),
@@ -308,4 +312,4 @@ def _parse_line(line: bytes) -> Pair:
     if order is None:
         which = "both options" if _MENTION.search(text["output"]) else "neither option"
         raise PairsError(f"the output recommends {which}")
-    return Pair(history, films[order], films["B" if order == "A" else "A"], order)
+    return Pair(history, films[order], films[other_letter(order)], order)

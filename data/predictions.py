@@ -12,12 +12,13 @@ import pandas as pd
 
 from data.baselines import baseline_margins, film_counts
 from data.errors import UserError
-from data.pairs import ORDERS, Pair, recommended
+from data.pairs import ORDERS, Pair, other_letter, recommended
 
 MARGINS = ("decision_margin", "response_margin")
 ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 TEXT = ("arm", "kind", "seed", "pair_id", "order", "history", "preferred_more_popular")
 KEY = ["arm", "seed", "pair_id", "order", "history"]
+REMEDY = "Give a predictions.csv of evaluate_dpo.py."
 
 
 def prediction_rows(
@@ -79,9 +80,6 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return predictions
 
 
-REMEDY = "Give a predictions.csv of evaluate_dpo.py."
-
-
 def problem_of(rows: pd.DataFrame) -> str:
     """Why no measures can be computed from these rows; "" if they can."""
     if missing := {*TEXT, *MARGINS} - {*rows.columns}:
@@ -141,10 +139,10 @@ def generation_rows(
     """
     rows = []
     for pair, order, texts in zip(pairs, orders, answers, strict=True):
-        films = {order: pair.preferred, ORDERS[1 - ORDERS.index(order)]: pair.other}
+        films = {order: pair.preferred, other_letter(order): pair.other}
         for sample, text in enumerate(texts):
             letter = recommended(text)
-            argument = re.split(rf"Option {ORDERS[1 - ORDERS.index(letter)]}\b", text)[0] if letter else ""
+            argument = re.split(rf"Option {other_letter(letter)}\b", text)[0] if letter else ""
             cited = set(genres.findall(argument))
             own = set(films[letter].genres) if letter else set()
             neither = cited - set(pair.preferred.genres) - set(pair.other.genres)

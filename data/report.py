@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import TemplateError
 
 from data.errors import printable
 from data.files import read_json, write_text
-from data.measures import MEASURES
+from data.measures import MEASURES, OF_ANSWERS
 from data.pairs import STEM, Movie, Pair, preference_row
 from data.runs import plain, read_run, settings_of
 from data.verdict import BOTH_ONE_LETTER, caveats_of, control_verdicts, interval_text, letter_always_answered, sentence
@@ -23,7 +24,6 @@ MAIN_MEASURES = {  # measure: heading
     "swap_consistency": "swap consistency %",
     "position_bias": "position bias A - B",
 }
-OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")
 
 
 def cell(value: dict[str, float | None], unit: str) -> str:
@@ -126,6 +126,7 @@ def report(metrics: dict[str, Any], generation: dict[str, Any], notes: Sequence[
 
 # ----------------------------------------------------------------------------------------------- model cards
 
+Facts = dict[str, Any]
 TEMPLATE = Path(__file__).resolve().parent.parent / "docs" / "model_card.md"
 MARK = "Written by this project's scripts, and written anew by them; delete this line to keep your own text."
 CARD_MARK = f"<!-- {MARK} -->"
@@ -143,20 +144,22 @@ PRECISIONS = {  # bits: (their name, how transformers loads them)
 }
 
 
-def write_card(folder: Path, *about: Any) -> str:
-    """Write an adapter's model card, about as `model_card` takes it; says in a line what was done, and never fails."""
+def write_card(
+    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = ()
+) -> str:
+    """Write an adapter's `model_card`, and say in a line what was done. A card ends no run: a fault is a warning."""
     path = folder / "README.md"
     try:
         if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return f"{path} is somebody's own text and stays as it is"
-        write_text(path, model_card(folder, *about))
-    except Exception as error:  # whatever somebody's run.json or template says: a card ends no run
+        write_text(path, model_card(folder, base, arm, metrics, mismatches))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
         return printable(f"warning: no model card in {folder}: {error!r}")
     return f"model card: {path}"
 
 
 def model_card(
-    folder: Path, base: dict[str, Any], arm: str = "", metrics: dict[str, Any] | None = None, mismatches: list[str] = ()
+    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = ()
 ) -> str:
     """The model card of the adapter in a folder: the template docs/model_card.md, filled.
 

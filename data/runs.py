@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.errors import printable
 from data.files import file_sha256, read_json
 from data.pairs import Pair
 
@@ -40,7 +41,7 @@ def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What two runs have otherwise, in words."""
+    """How two runs differ, in words."""
     others = [name for name, value in now.items() if before.get(name) != value]
     return "; ".join(f"{name} {before.get(name)!r}, not {now[name]!r}" for name in others)
 
@@ -75,6 +76,13 @@ def of_another_stage(folder: Path, arm: str) -> str:
     stage = read_run(folder).get("stage")
     contrary = (named, stage) in (("sft", "dpo"), ("dpo", "sft"))
     return f"{folder} is an adapter of {stage}, given as the arm {arm}" if contrary else ""
+
+
+def notes_of(run: dict[str, Any]) -> list[str]:
+    """Mismatches and notes of an evaluation's run.json, each with its kind before it."""
+    kinds = {"mismatch": run.get("mismatches"), "note": run.get("notes")}
+    listed = [(kind, text) for kind, texts in kinds.items() if isinstance(texts, list) for text in texts]
+    return [f"{kind}: {printable(str(text))}" for kind, text in listed]
 
 
 def notes_on(test: Sequence[Pair], adapters: Adapters, bits: int) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from data.errors import UserError
-from data.pairs import ORDERS, STEM, Pair, preference_row
+from data.pairs import ORDERS, STEM, Pair, other_letter, preference_row
 from data.trees import Tree, token_tree
 
 
@@ -29,7 +29,7 @@ def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
         parting = next(i for i, (chosen, rejected) in enumerate(zip(*both, strict=False)) if chosen != rejected)
         letters = [tokenizer.decode([text[parting]]).strip() for text in both]
         stem = len(tokenizer(row["prompt"] + STEM)["input_ids"])
-        if parting != stem or letters != [order, ORDERS[1 - ORDERS.index(order)]]:
+        if parting != stem or letters != [order, other_letter(order)]:
             problem = f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own"
             raise UserError(problem, "Use a base model whose tokenizer has ' A' and ' B' as tokens.")
         texts += [text[: parting + 1] if decision_only else text for text in both]

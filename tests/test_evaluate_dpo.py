@@ -17,9 +17,8 @@ from data.adapters import original_name
 from data.errors import UserError
 from data.figures import draw_all
 from data.files import write_json
-from data.measures import compute_metrics, wins
+from data.measures import OF_ANSWERS, compute_metrics, wins
 from data.pairs import ORDERS, STEM, preference_row, preference_rows
-from data.report import OF_ANSWERS
 from data.tokens import pair_tree
 
 # ----------------------------------------------------------------------------------------------------- scores

@@ -13,6 +13,10 @@ from config import ROOT
 
 MODULES = [f"data.{module.name}" for module in pkgutil.iter_modules(data.__path__)]
 SCRIPTS = ("train_dpo", "evaluate_dpo")
+ORDER = (  # a module imports from those before it alone
+    *("errors", "files", "machine", "pairs", "build_pairs", "trees", "tokens", "baselines", "runs", "adapters"),
+    *("predictions", "measures", "verdict", "report", "figures", "display"),
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -43,6 +47,15 @@ def test_what_needs_no_model_loads_neither_torch_nor_transformers():
 def test_what_needs_no_model_knows_nothing_of_what_does(module):
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert not imported(path) & {"config", *SCRIPTS}
+
+
+def test_imports_within_data_point_one_way():
+    assert {f"data.{name}" for name in ORDER} == {*MODULES}
+    for place, name in enumerate(ORDER):
+        nodes = ast.walk(ast.parse((ROOT / "data" / f"{name}.py").read_text(encoding="utf-8")))
+        of_data = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        used = {module.removeprefix("data.") for module in of_data if module.startswith("data.")}
+        assert used <= {*ORDER[:place]}, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

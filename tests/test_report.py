@@ -13,11 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 import config
 import evaluate_dpo
 from config import EvaluationSettings, preset_settings
-from data.measures import MEASURES, compute_metrics
+from data.measures import MEASURES, OF_ANSWERS, compute_metrics
 from data.report import (
     CARD_MARK,
     MAIN_MEASURES,
-    OF_ANSWERS,
     cell,
     latex,
     model_card,
