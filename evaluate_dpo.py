@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             generation = save(folder, rows, answers)
             run = run_record(settings, test, adapters, mismatches, seconds)
+            write_json(folder / RUN, run)  # its mismatches are kept, whatever fails below
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
         # measures and verdict
@@ -100,11 +103,11 @@ def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, An
     generation = read_json(source.with_name("generation.json"))
     kept = {arm: found for arm, found in generation.items() if is_known(arm, found)}
     if source.resolve() != (folder / "predictions.csv").resolve():  # what lies here is of other predictions
-        save(folder, predictions)
         (folder / RUN).unlink(missing_ok=True)
+        save(folder, predictions)
         for name, content in ((RUN, run), ("generation.json", kept)):  # or the next report would lack its mismatches
-            if content:
-                write_json(folder / name, content)
+            if content:  # it may hold NaN, or half a surrogate
+                write_text(folder / name, json.dumps(content, indent=1) + "\n")
     return predictions, kept, run
 
 
@@ -171,7 +174,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
             command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
             remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
             raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
-    vocabulary = len(config.load_tokenizer(settings))
+    vocabulary = functools.cache(lambda: len(config.load_tokenizer(settings)))
     digest = ids_digest(test)
     adapters: Adapters = {}
     mismatches = []

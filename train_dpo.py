@@ -45,8 +45,6 @@ from data.runs import RUN, WEIGHTS, differing, made_otherwise, read_run, trained
 from data.tokens import check_tokenized, check_tokens, longest_in_tokens, tree_of
 from data.trees import ancestor_mask, one_row, pad_trees, row_starts
 
-GIGABYTE = 1e9
-
 
 class Data(NamedTuple):
     """What is trained on: rows with prompt, chosen and rejected, and what run.json says of them."""
@@ -158,7 +156,7 @@ def train_within_memory(
         torch.cuda.set_device(config.LOCAL_RANK)  # what is capped and measured is each process's own GPU
         if settings.gpu_memory_gb:
             total = torch.cuda.get_device_properties(config.LOCAL_RANK).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * GIGABYTE / total))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * 1e9 / total))
     share = settings.effective_batch // config.PROCESSES
     shared = shares_prompt(stage, settings)
     responses, prompts = (["chosen"], 1) if stage == "sft" else (["chosen", "rejected"], 1 if shared else 2)
@@ -180,8 +178,8 @@ def train_within_memory(
                 checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
             fitted = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
-            fitted |= {"cuda_graphs": len(graphs_of(trainer)), "resumed_from_step": checkpoint and step_of(checkpoint)}
-            return trainer, fitted
+            resumed = checkpoint and int(checkpoint.name.rpartition("-")[2])
+            return trainer, fitted | {"cuda_graphs": len(graphs_of(trainer)), "resumed_from_step": resumed}
         except torch.OutOfMemoryError:
             captured, trainer = bool(graphs_of(trainer)), None  # goes on below, where nothing holds on to the tensors
         free_memory()
@@ -209,8 +207,8 @@ def free_memory() -> None:
 def peak_memory() -> float:
     """Peak memory in GB: the GPU's where there is one, else the process's."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIGABYTE
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIGABYTE
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> None:
@@ -227,8 +225,8 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
             write_json(made / RUN, run)
             draw_losses(run["log_history"], run["stage"]).savefig(made / "loss.png", dpi=150)
             (made / "README.md").unlink(missing_ok=True)  # PEFT's, all gaps and a path of this machine
-            if (said := write_card(made, config.base_facts(settings))).startswith("warning"):
-                print(said, file=sys.stderr, flush=True)
+        if (said := write_card(folder, config.base_facts(settings))).startswith("warning"):
+            print(said, file=sys.stderr, flush=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -257,13 +255,10 @@ def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -
     write_json(folder / RUN, identity)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there as they were written; broken newer ones are removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    by_step = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(by_step):
         if is_sealed(checkpoint):
             return checkpoint
         if config.RANK == 0:
@@ -480,7 +475,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
                 problem = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {step}"
                 raise UserError(problem, lower)
             off = 0 if stage == "sft" or args.loss_type != ["sigmoid"] else abs(loss - math.log(2))
-            if step == 1 and max(abs(margin), off) > tolerance:
+            if step == 1 and (abs(margin) > tolerance or off > tolerance):
                 problem = (
                     f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin "
                     f"{margin:.4f} and not 0: the reference is not the policy that training starts from"
@@ -786,13 +781,13 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     parameters = config.parameter_count(settings.base_model)
     model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
     checks.append(("base model", f"{model}, trained by {backend}", ""))
-    needed = 1.5 + parameters * settings.bits / 8 * 1.3 / GIGABYTE
+    needed = 1.5 + parameters * settings.bits / 8 * 1.3 / 1e9
     free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
-    remedy = "" if free / GIGABYTE >= needed else "Free memory, or lower --bits."
-    checks.append(("memory", f"{free / GIGABYTE:.1f} GB free, at least {needed:.1f} GB needed", remedy))
+    remedy = "" if free / 1e9 >= needed else "Free memory, or lower --bits."
+    checks.append(("memory", f"{free / 1e9:.1f} GB free, at least {needed:.1f} GB needed", remedy))
     outputs = Path(settings.outputs).absolute()
     there = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
-    disk = shutil.disk_usage(there).free / GIGABYTE
+    disk = shutil.disk_usage(there).free / 1e9
     remedy = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
     checks.append(("disk", f"{disk:.1f} GB free for {settings.outputs}", remedy))
     answers = Counter(pair.order for pair in train + test)
@@ -840,7 +835,7 @@ def starting_point(settings: TrainingSettings, test_digest: str, vocabulary: int
         return "nothing: only SFT is trained", ""
     if settings.stage == "all" and settings.sft_adapter is None and not folder.is_dir():
         return "the SFT adapter that is trained first", ""
-    if problem := adapter_problem(folder, settings.base_model, vocabulary, test_digest):
+    if problem := adapter_problem(folder, settings.base_model, lambda: vocabulary, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
     if kind := unlike_plain_lora(folder, config.LORA_TARGETS):
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."

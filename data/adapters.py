@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ def original_name(base_model: str) -> str:
     return base_model.removesuffix("-bnb-4bit")
 
 
-def adapter_problem(folder: Path, base_model: str, vocabulary: int, test_digest: str) -> str:
+def adapter_problem(folder: Path, base_model: str, vocabulary: Callable[[], int], test_digest: str) -> str:
     """Why the adapter in a folder cannot serve this base model and this split; "" if it can.
 
     An adapter without run.json is taken as it is: nothing is known of what it was trained on.
-    vocabulary: tokens of the base model's tokenizer.
+    vocabulary: gives the tokens of the base model's tokenizer; asked last, since it may have to be fetched.
     """
     return printable(_problem(folder, base_model, vocabulary, test_digest))
 
 
-def _problem(folder: Path, base_model: str, vocabulary: int, test_digest: str) -> str:
+def _problem(folder: Path, base_model: str, vocabulary: Callable[[], int], test_digest: str) -> str:
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
@@ -50,9 +50,9 @@ def _problem(folder: Path, base_model: str, vocabulary: int, test_digest: str) -
         return f"{folder} was trained on the base model {trained_on}, not {base_model}"
     if data["test_digest"] != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
-    if run.get("vocabulary") not in (None, vocabulary):
-        had, has = run["vocabulary"], f"that of {base_model} has {vocabulary}"
-        return f"{folder} was trained with another tokenizer, of {had} tokens; {has}"
+    had = run.get("vocabulary")
+    if had and had != (has := vocabulary()):
+        return f"{folder} was trained with another tokenizer, of {had} tokens; that of {base_model} has {has}"
     return ""
 
 

@@ -24,7 +24,7 @@ def adapter(tmp_path) -> Path:
 
 
 def problem_of(folder: Path, base_model: str = "base", test_digest: str = "digest") -> str:
-    return adapter_problem(folder, base_model, 600, test_digest)
+    return adapter_problem(folder, base_model, lambda: 600, test_digest)
 
 
 def test_an_adapter_of_other_settings_is_a_problem(adapter, tmp_path):
@@ -35,6 +35,11 @@ def test_an_adapter_of_other_settings_is_a_problem(adapter, tmp_path):
     assert problem_of(adapter) == ""
     assert "may have seen the test pairs" in problem_of(adapter, test_digest="another")
     assert "trained on the base model base, not another/model" in problem_of(adapter, "another/model")
+
+    def asked() -> int:
+        raise AssertionError("a tokenizer would be fetched for nothing")
+
+    assert "not another/model" in adapter_problem(adapter, "another/model", asked, "digest")
     (adapter / "run.json").write_text("{")
     assert "cannot be read" in problem_of(adapter)
     (adapter / "adapter_config.json").unlink()

@@ -111,7 +111,9 @@ def test_what_the_user_must_fix_is_said_and_nothing_else(capsys):
     assert display.or_say(max, 1, 2) == 2
     for error in (UserError("no such file \x1b[2J", "Give another."), PairsError("line 1: not JSON")):
         assert display.or_say(refuse, error) is None
-    assert capsys.readouterr().out == "no such file ?[2J\nGive another.\nline 1: not JSON\n"
+    assert display.or_say(refuse, ModuleNotFoundError("No module named 'ipywidgets'")) is None
+    said = "no such file ?[2J\nGive another.\nline 1: not JSON\nNo module named 'ipywidgets'\n"
+    assert capsys.readouterr().out == said
     with pytest.raises(KeyError):
         display.or_say(refuse, KeyError("a bug"))
 

@@ -208,6 +208,10 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
     write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
     assert "mismatch: " not in capsys.readouterr().out, "somebody's run.json may say anything"
+    (evaluation / "run.json").write_text('{"notes": ["kept"], "odd": NaN, "half": "\\ud800"}')
+    from_it = ["--from_predictions", str(evaluation / "predictions.csv")]
+    evaluate_dpo.main([*quick, "--outputs", str(tmp_path / "three"), *from_it])
+    assert "\nnote: kept" in capsys.readouterr().out
     (adapter_of(flags, "sft") / "run.json").unlink()
     evaluate_dpo.main([*quick, "--fast", "true"])
     assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
