@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from conftest import REAL_PAIRS, make_pairs
 
-from data.baselines import baseline_margins, film_counts
+from data.baselines import BASELINES, baseline_margins, film_counts
 from data.measures import wins
-from data.pairs import load_pairs, split_pairs
+from data.pairs import Movie, Pair, load_pairs, split_pairs
 
 
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the 6,040 real pairs are not on this machine")
@@ -18,6 +18,25 @@ def test_baselines_on_the_real_pairs():
     assert accuracy["popularity"] == pytest.approx(0.83, abs=0.02)
     assert 0.7 < accuracy["co-occurrence"] < 0.8
     assert 0.6 < accuracy["genre overlap"] < 0.75
+
+
+def test_each_baseline_takes_the_film_that_its_counts_say():
+    """Heat was watched by more; Alien with what this user watched, and of its genre."""
+    history = tuple(f"Old {number} (1990)" for number in range(5))
+    others = tuple(f"Else {number} (1991)" for number in range(5))
+    alien, heat = Movie("Alien (1979)", ("Sci-Fi",)), Movie("Heat (1995)", ("Crime",))
+    last = Movie("Z (1999)", ("War",))
+    old = Movie("Old 0 (1990)", ("Sci-Fi",))
+    train = [Pair(history, alien, last), Pair((*others[:4], old.title), old, heat)]
+    train += [Pair((*others[:4], f"Mine {number} (1992)"), heat, last) for number in range(3)]
+    margins = baseline_margins(train, [Pair((*history[:4], "New (1993)"), alien, heat)])
+    assert tuple(margins) == BASELINES
+    assert {arm: margin.tolist() for arm, margin in margins.items()} == {
+        "always A": [[1, -1]],
+        "genre overlap": [[1, 1]],
+        "co-occurrence": [[4, 4]],
+        "popularity": [[-2, -2]],
+    }
 
 
 def test_a_user_with_several_pairs_counts_once():

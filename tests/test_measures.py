@@ -16,6 +16,7 @@ from data.measures import (
     calibration_columns,
     compute_metrics,
     detectable_difference,
+    difference_interval,
     estimate,
     generation_measures,
     holm,
@@ -179,6 +180,10 @@ def test_the_paired_bootstrap_agrees_with_scipy():
 
 
 # -------------------------------------------------------------------------------------- tests of a difference
+
+
+def test_the_interval_of_a_difference_is_moved_apart_by_one_user_on_each_side():
+    assert difference_interval(np.full(10, 5.0), users=50) == (3, 7)
 
 
 def test_mcnemar_and_detectable_difference():
