@@ -38,17 +38,9 @@ from data import errors
 from data.adapters import adapted_layers, original_name
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
-from data.machine import machine_facts, version
+from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
 from data.pairs import Pair, read_split
 from data.runs import WEIGHTS
-
-ROOT = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-vs-sft"
-
-# This process among those that `accelerate launch` started; alone without it
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # one model is sharded over the GPUs
 
 # Quiet libraries: no banner, no ping home, no warning that asks nothing of the user
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,7 +70,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], set[str]]] = {  # in words: a tes
         {"max_length", "sft_epochs", "sft_learning_rate", "epochs", "learning_rate", "beta", "max_grad_norm",
          "gpu_memory_gb"},
     ),
-    "of 0 or more": (lambda value: value >= 0, {"validation_pairs", "warmup_steps", "weight_decay", "generate_users"}),
+    "of 0 or more": (
+        lambda value: value >= 0,
+        {"seed", "validation_pairs", "warmup_steps", "weight_decay", "generate_users"},
+    ),
     "of 1 or more": (
         lambda value: value >= 1,
         {"lora_rank", "lora_alpha", "effective_batch", "batch_size", "eval_steps", "save_steps", "logging_steps",
@@ -114,6 +109,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
             self.require(name, not isinstance(value, float) or math.isfinite(value), "that is a number")
             for wanted, (holds, names) in RANGES.items():
                 self.require(name, name not in names or value is None or holds(value), wanted)
@@ -256,6 +253,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], fields, n=1)
         _refuse(f"unknown setting {unknown[0]}", f"Did you mean --{near[0]}? " if near else "")
     settings.preset = preset
+    if not Path(settings.pairs).exists() and (ROOT / settings.pairs).exists():
+        settings.pairs = str(ROOT / settings.pairs)  # the project's own, from another working directory
     print(f"preset {preset}{reason}")
     for name, setting in fields.items():
         default = setting.default_factory() if setting.default is dataclasses.MISSING else setting.default
@@ -288,8 +287,9 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)  # JSON may hold tabs
+    except (OSError, ValueError, yaml.YAMLError) as error:
         problem = f"cannot read the settings file {path}: {str(error).splitlines()[0]}"
         raise UserError(problem, "Mend the file.") from None
     if not isinstance(content, dict):

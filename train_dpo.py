@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import math
-import resource
 import shutil
 import signal
 import statistics
@@ -38,7 +37,7 @@ from data.adapters import adapter_problem, unlike_plain_lora
 from data.errors import Check, UserError, print_checks, printable, refuse
 from data.figures import draw_losses
 from data.files import file_sha256, is_sealed, only_run_in, read_json, seal, whole_folder, write_json
-from data.machine import PACKAGES, unmet_requirements
+from data.machine import PACKAGES, peak_process_memory, unmet_requirements
 from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows
 from data.report import write_card
 from data.runs import RUN, WEIGHTS, differing, made_otherwise, read_run, trained_settings
@@ -206,9 +205,7 @@ def free_memory() -> None:
 
 def peak_memory() -> float:
     """Peak memory in GB: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_process_memory()
 
 
 def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
     python data/build_pairs.py --source ml-100k                            # from the package index, no account
     python data/build_pairs.py --source ml-1m --download                   # from GroupLens, under its licence
     python data/build_pairs.py --source ml-1m --from ~/Downloads/ml-1m.zip # or from a folder
+    python data/build_pairs.py --source ml-latest --from ml-latest-small.zip # any MovieLens, or files of its form
 
 For each user the first five films by time are the history and the sixth is the preferred film (ties in time go
 by film id). The other film is one that the user never rated. Each pair is written in the order that the seed
@@ -28,12 +29,14 @@ from tqdm import tqdm
 
 from data.errors import UserError, run_script
 from data.files import fetch_wheel, file_sha256
-from data.pairs import HISTORY_LENGTH, Movie, Pair, write_pairs
+from data.pairs import HISTORY_LENGTH, Movie, Pair, film_problem, write_pairs
 
 ML_100K_WHEEL = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")
 ML_100K_MEMBERS = "recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/dataset_example/ml-100k/ml-100k.item"
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_SHA256 = "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"
+SOURCES = ["ml-100k", "ml-1m", "ml-10m", "ml-25m", "ml-32m", "ml-latest"]
+FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat")
 LICENCE = """\
 MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
 correctness of the data. You may use it for research; you must acknowledge its use in publications, must not
@@ -58,29 +61,40 @@ def read_ml_100k() -> tuple[pd.DataFrame, pd.DataFrame]:
     return _numbers(ratings), films[["film", "title", "genres"]].astype({"film": int})
 
 
-def read_ml_1m(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """MovieLens-1M as (ratings, films), from GroupLens' zip file or the folder that it unpacks to.
+def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """MovieLens as (ratings, films), from GroupLens' zip file or the folder that it unpacks to.
+
+    `ratings.csv` and `movies.csv` (ml-latest, 25M, 32M), or `ratings.dat` and `movies.dat` (1M, 10M), in UTF-8 or, as
+    1M has it, latin-1.
 
     Raises:
-        UserError: the files are not there.
+        UserError: the files are not there, or not of that form.
     """
-
-    def read(name: str, columns: list[str]) -> pd.DataFrame:
+    try:
         if source.is_dir():
-            content = (source / name).read_bytes()
+            files = {path.name: path.read_bytes() for path in source.iterdir() if path.name in FILES}
         else:
             with zipfile.ZipFile(source) as archive:
-                content = archive.read(f"ml-1m/{name}")
-        rows = [line.split("::") for line in content.decode("latin-1").splitlines()]
-        return pd.DataFrame(rows, columns=columns)
-
-    try:
-        ratings = read("ratings.dat", ["user", "film", "rating", "time"])
-        films = read("movies.dat", ["film", "title", "genres"])
+                members = [name for name in archive.namelist() if name.rpartition("/")[2] in FILES]
+                files = {name.rpartition("/")[2]: archive.read(name) for name in members}
+        if FILES[0] in files:
+            form = {"dtype": str, "keep_default_na": False}
+            ratings, films = (pd.read_csv(io.BytesIO(files[name]), **form) for name in FILES[:2])
+        else:
+            ratings, films = (pd.DataFrame([line.split("::") for line in _lines(files[name])]) for name in FILES[2:])
+        ratings.columns, films.columns = ["user", "film", "rating", "time"], ["film", "title", "genres"]
+        films = films.assign(title=films["title"].str.strip(), genres=films["genres"].str.split("|"))
+        return _numbers(ratings), films.astype({"film": int})
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        remedy = "Give --from the folder or zip file of MovieLens-1M, or --download."
-        raise UserError(f"no MovieLens-1M at {source}: {error}", remedy) from None
-    return _numbers(ratings), films.assign(genres=films["genres"].str.split("|")).astype({"film": int})
+        remedy = f"Give --from a folder or zip file with {' and '.join(FILES[:2])}, or {' and '.join(FILES[2:])}."
+        raise UserError(f"no MovieLens at {source}: {error}", remedy) from None
+
+
+def _lines(content: bytes) -> list[str]:
+    try:
+        return content.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        return content.decode("latin-1").splitlines()
 
 
 def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
@@ -128,6 +142,12 @@ def build_pairs(
             a history or is preferred, and a decile holds a tenth of these places, not of the films: among the
             most watched tenth of the films, popularity still varies by a factor of ten.
     """
+    movies = [Movie(row.title, tuple(row.genres)) for row in films.itertuples()]
+    problems = [film_problem(movie) for movie in movies]
+    if any(problems):
+        first = next(f"{movie.title!r}, since {why}" for movie, why in zip(movies, problems, strict=True) if why)
+        print(f"skipped {sum(map(bool, problems)):,} of {len(films):,} films, the first {first}", file=sys.stderr)
+    films = films[[not problem for problem in problems]]
     films = films.assign(first=films.groupby("title")["film"].transform("min"))
     same_film = dict(zip(films["film"], films["first"], strict=True))
     ratings = ratings[ratings["film"].isin(same_film.keys())].assign(film=lambda rows: rows["film"].map(same_film))
@@ -137,6 +157,8 @@ def build_pairs(
     ratings = ratings.sort_values(["user", "time", "film"], kind="stable")
     liked = ratings[ratings["rating"] >= min_rating].drop_duplicates(["user", "film"])
     shown = liked[liked.groupby("user").cumcount() < HISTORY_LENGTH + pairs_per_user]
+    if shown.empty:
+        return []
     catalogue = np.sort(ratings["film"].unique())
     popularity = shown["film"].value_counts().reindex(catalogue, fill_value=0).sort_values(kind="stable")
     decile = np.ceil(popularity.cumsum() / popularity.sum() * 10).astype(int).sort_index().to_numpy()
@@ -163,8 +185,8 @@ def build_pairs(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=["ml-100k", "ml-1m"], required=True)
-    parser.add_argument("--from", dest="source_path", type=Path, help="folder or zip file of MovieLens-1M")
+    parser.add_argument("--source", choices=SOURCES, required=True)
+    parser.add_argument("--from", dest="source_path", type=Path, help="folder or zip file of MovieLens; not of ml-100k")
     parser.add_argument("--download", action="store_true", help="fetch MovieLens-1M from GroupLens")
     parser.add_argument("--output", type=Path, help="default: data/pairs_<source>.jsonl")
     parser.add_argument("--min-rating", type=float, default=0.0, help="lowest rating of history and preferred films")
@@ -172,17 +194,26 @@ def main() -> None:
     parser.add_argument("--negatives", choices=["random", "popularity"], default="random")
     parser.add_argument("--seed", type=int, default=3407)
     options = parser.parse_args()
-    if options.source == "ml-1m" and not (options.source_path or options.download):
-        raise UserError("MovieLens-1M is not in the package index", "Give --from DIR|ZIP, or --download.")
+    output = options.output or HERE / f"pairs_{options.source}.jsonl"
+    if options.source != "ml-100k" and not (options.source_path or (options.download and options.source == "ml-1m")):
+        remedy = "Give --from DIR|ZIP, or ml-1m with --download."
+        raise UserError(f"{options.source} is not in the package index", remedy)
+    if options.pairs_per_user < 1 or options.seed < 0:
+        raise UserError("--pairs-per-user is below 1, or --seed below 0", "Give whole numbers of 1, and of 0, or more.")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", "Give --output a file.")
 
     with tempfile.TemporaryDirectory() as work:
         if options.source == "ml-100k":
             ratings, films = read_ml_100k()
         else:
-            ratings, films = read_ml_1m(download_ml_1m(Path(work)) if options.download else options.source_path)
+            source = options.source_path or download_ml_1m(Path(work))
+            ratings, films = read_movielens(source.expanduser())
     chosen = {name: getattr(options, name) for name in ("min_rating", "pairs_per_user", "negatives", "seed")}
     pairs = build_pairs(ratings, films, **chosen)
-    output = options.output or HERE / f"pairs_{options.source}.jsonl"
+    if not pairs:
+        problem = f"no user has {HISTORY_LENGTH + 1} films of a rating of {options.min_rating} or more"
+        raise UserError(problem, "Lower --min-rating, or give more ratings.")
     write_pairs(output, pairs)
     share = np.mean([pair.order == "A" for pair in pairs])
     print(f"{output}: {len(pairs):,} pairs of {ratings['user'].nunique():,} users, {share:.0%} with the answer A")

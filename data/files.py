@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SEAL = "whole.json"
 
@@ -67,9 +71,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def only_run_in(folder: Path) -> Iterator[None]:
     """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
 
+    Some network file systems have no locks; there the run goes on without, and says so.
+
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or the system knows no locks.
     """
+    if fcntl is None:
+        raise UserError("this system has no file locks", "On Windows run it in WSL2.")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         try:
@@ -77,6 +85,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             remedy = "Wait for it to end, or give --outputs another folder."
             raise UserError(f"another run is writing to {folder}", remedy) from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error}): start no second run into it", file=sys.stderr)
         yield
 
 

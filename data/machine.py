@@ -1,4 +1,4 @@
-"""What a machine has: versions, processor, and the commit of this code."""
+"""What a machine has: processes, versions, memory, and the commit of this code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
+HOME = os.path.expanduser("~")  # "~" where there is none
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or (tempfile.gettempdir() if HOME == "~" else f"{HOME}/.cache"))
+CACHE /= "dpo-vs-sft"
+
+# This process among those that `accelerate launch` started; alone without it, whatever a shell left over
+LAUNCHED = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) if LAUNCHED else 0 for name in ("RANK", "LOCAL_RANK"))
+PROCESSES = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # one model is sharded over the GPUs
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "datasets", "accelerate")
 
 
@@ -20,7 +34,9 @@ def machine_facts() -> dict[str, Any]:
     """Versions, processor and git commit, for run.json."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+        with contextlib.suppress(OSError):  # there may be no git
+            return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+        return ""
 
     commit = git("rev-parse", "HEAD")
     return {
@@ -29,8 +45,16 @@ def machine_facts() -> dict[str, Any]:
         "git_commit": f"{commit} with changes" if commit and git("status", "--porcelain") else commit or None,
         "device": processor_name(),
         "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
     }
+
+
+def peak_process_memory() -> float:
+    """The most memory that this process has had, in GB."""
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def processor_name() -> str:

@@ -38,6 +38,7 @@ LARGEST_FILE = 500_000_000  # bytes, a million pairs: all are held in memory
 _INPUT = re.compile(r"History: (?P<history>.+?)\. Option A: (?P<A>.+)\. Option B: (?P<B>.+)\.")
 _OPTION = re.compile(r"(?P<title>.+) \((?P<genres>[^()|\d][^()|]*(?:\|[^()|]+)*)\)")
 _BETWEEN_TITLES = re.compile(r"(?<=\(\d{4}\)), ")  # every title of a history ends in its year
+_YEAR = re.compile(r"\(\d{4}\)$")
 _DECISION = re.compile(r"better recommendation is Option ([AB])\b")
 _MENTION = re.compile(r"\bOption ([AB])\b")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # they steer a terminal
@@ -142,6 +143,16 @@ def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[s
     pair = Pair(tuple(title.strip() for title in history if title.strip()), film(*preferred), film(*other))
     _as_line(pair)
     return pair
+
+
+def film_problem(film: Movie) -> str:
+    """Why a film cannot stand in a pairs file; "" if it can."""
+    try:
+        _as_line(Pair((film.title,) * HISTORY_LENGTH, film, Movie("Any Other Film (1900)", ("Drama",))))
+    except PairsError:
+        has_year = _YEAR.search(film.title)
+        return "a pairs file cannot hold its title or genres" if has_year else "its title ends in no (year)"
+    return ""
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:

@@ -72,6 +72,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
     empty = {name: [""] for name in MARGINS}
     try:
         predictions = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
+        if "preferred_more_popular" in predictions:
+            predictions["preferred_more_popular"] = predictions["preferred_more_popular"].str.lower()  # a spreadsheet's
         problem = problem_of(predictions)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}", REMEDY) from None

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from data import build_pairs as script
-from data.build_pairs import build_pairs, read_ml_1m
+from data.build_pairs import build_pairs, read_movielens
 from data.errors import UserError
 from data.files import file_sha256
 from data.pairs import load_pairs
@@ -89,7 +89,7 @@ def ml_1m(tmp_path):
 def test_ml_1m_is_read_from_a_zip_or_a_folder(ml_1m, tmp_path):
     zipfile.ZipFile(ml_1m).extractall(tmp_path)
     for source in (ml_1m, tmp_path / "ml-1m"):
-        ratings, films = read_ml_1m(source)
+        ratings, films = read_movielens(source)
         assert len(ratings) == 72
         assert films["title"][0] == "Misérables, Les: 1 (1951)"
 
@@ -104,7 +104,15 @@ def test_the_command_writes_a_pairs_file(ml_1m, tmp_path):
 
     missing = subprocess.run([*command, "--from", tmp_path / "absent"], capture_output=True, text=True)
     assert missing.returncode == 2
-    assert "--download" in missing.stderr and "Traceback" not in missing.stderr
+    assert "ratings.csv and movies.csv, or ratings.dat" in missing.stderr and "Traceback" not in missing.stderr
+    for wrong, problem in (
+        (["--pairs-per-user", "0"], "--pairs-per-user is below 1"),
+        (["--seed", "-1"], "--seed below 0"),
+        (["--min-rating", "6"], "no user has 6 films of a rating of 6.0 or more"),
+        (["--output", str(tmp_path)], "is a folder"),
+    ):
+        refused = subprocess.run([*command, "--from", ml_1m, *wrong], capture_output=True, text=True)
+        assert (refused.returncode, refused.stdout) == (2, "") and problem in refused.stderr, wrong
 
 
 def test_a_downloaded_archive_is_checked_before_it_is_opened(tmp_path, monkeypatch):
@@ -115,3 +123,39 @@ def test_a_downloaded_archive_is_checked_before_it_is_opened(tmp_path, monkeypat
         script.download_ml_1m(tmp_path)
     monkeypatch.setattr(script, "ML_1M_SHA256", file_sha256(source))
     assert script.download_ml_1m(tmp_path).read_bytes() == source.read_bytes()
+
+
+def test_a_film_that_no_pairs_file_can_hold_is_skipped_and_the_first_one_named(capsys):
+    odd = {3: "Babylon 5", 4: "Fawlty Towers (1975-1979)"}
+    films = FILMS.assign(title=[odd.get(film, f"Film {film} ({1950 + film})") for film in FILMS["film"]])
+    films["genres"] = [["(no genres listed)"] if film == 5 else ["Drama"] for film in films["film"]]
+    pairs = build_pairs(pd.concat([ratings_of(1, list(range(10))), ratings_of(2, [20, 21])]), films)
+    said = capsys.readouterr().err
+    assert "skipped 3 of 40 films, the first 'Babylon 5', since its title ends in no (year)" in said
+    assert [[number(title) for title in pair.history] for pair in pairs] == [[0, 1, 2, 6, 7]]
+
+
+@pytest.mark.parametrize("form", ["dat", "latin-1", "csv", "zip"])
+def test_every_form_of_movielens_is_read(tmp_path, form):
+    rows = [(1, "Pépé le Moko (1937)", "Crime|Drama"), (2, "Fiancée, La (1991)", "Comedy")]
+    if form in ("dat", "latin-1"):
+        text = "".join(f"{film}::{title}::{genres}\n" for film, title, genres in rows)
+        (tmp_path / "movies.dat").write_bytes(text.encode("utf-8" if form == "dat" else "latin-1"))
+        (tmp_path / "ratings.dat").write_text("7::1::3.5::100\n7::2::4::101\n")
+    else:
+        text = "".join(f'{film},"{title}",{genres}\n' for film, title, genres in rows)
+        (tmp_path / "movies.csv").write_text("movieId,title,genres\n" + text, encoding="utf-8")
+        (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n7,1,3.5,100\n7,2,4,101\n")
+    source = tmp_path
+    if form == "zip":
+        source = tmp_path / "ml-latest-small.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for name in ("movies.csv", "ratings.csv"):
+                archive.write(tmp_path / name, f"ml-latest-small/{name}")
+    ratings, films = script.read_movielens(source)
+    assert ratings.to_dict("list") == {"user": [7, 7], "film": [1, 2], "rating": [3.5, 4], "time": [100, 101]}
+    assert films.to_dict("list") == {
+        "film": [1, 2],
+        "title": ["Pépé le Moko (1937)", "Fiancée, La (1991)"],
+        "genres": [["Crime", "Drama"], ["Comedy"]],
+    }

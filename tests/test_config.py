@@ -292,3 +292,18 @@ def test_cuda_graphs_are_for_small_models_and_for_where_they_give_the_same_numbe
             graphs(cuda_graphs=True, **elsewhere)
     monkeypatch.setattr(config, "PROCESSES", 2)
     assert not graphs()
+
+
+def test_a_home_folder_a_tab_and_the_projects_own_pairs_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{\n\t"beta": 0.2,\n\t"outputs": "~/runs"\n}')
+    settings = config.parse_settings(TrainingSettings, ["mine.json", "--preset", "small"])
+    assert (settings.beta, settings.outputs) == (0.2, f"{tmp_path}/runs")
+    monkeypatch.setattr(config, "ROOT", tmp_path / "project")
+    there = tmp_path / "project" / "data" / "pairs_ml-100k.jsonl"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert config.parse_settings(TrainingSettings, ["--preset", "small"]).pairs == str(there)
+    with pytest.raises(UserError, match="seed is -1\nGive --seed a value of 0 or more"):
+        config.parse_settings(TrainingSettings, ["--preset", "small", "--seed", "-1"])

@@ -130,7 +130,7 @@ def ratings(monkeypatch):
     made = pd.DataFrame(rows, columns=["user", "film", "rating", "time"]), films
     monkeypatch.setattr(build_pairs, "read_ml_100k", lambda: made)
     monkeypatch.setattr(build_pairs, "download_ml_1m", lambda folder: folder)
-    monkeypatch.setattr(build_pairs, "read_ml_1m", lambda source: made)
+    monkeypatch.setattr(build_pairs, "read_movielens", lambda source: made)
 
 
 @pytest.mark.parametrize(("gpu", "block"), [block for path in DOCUMENTS for block in blocks(path)])

@@ -250,6 +250,16 @@ def test_evaluation_without_adapters_says_how_to_make_them(flags):
         evaluate_dpo.main(flags)
 
 
+def test_what_was_scored_and_what_it_is_of_is_on_disk_before_anything_is_made_of_it(mine, tmp_path, monkeypatch):
+    _, flags = mine
+    monkeypatch.setattr(evaluate_dpo, "compute_metrics", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_dpo.main([*flags, "--resamples", "20"])
+    evaluation = tmp_path / "outputs" / "evaluation"
+    assert len(pd.read_csv(evaluation / "predictions.csv")) == 7 * 18 * 2
+    assert json.loads((evaluation / "run.json").read_text())["mismatches"] == []
+
+
 def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     _, flags = mine
     folder = tmp_path / "outputs" / "evaluation"

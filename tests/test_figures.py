@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from conftest import predictions_of
 
-from data.figures import draw_all, draw_losses, plot_all
+from data.figures import draw_all, draw_losses, draw_reliability, plot_all
 from data.measures import compute_metrics
 from data.predictions import margins_by_user
 from data.verdict import judge
@@ -95,6 +95,13 @@ def test_reliability_shows_how_often_option_a_is_right(figures):
         p_a, share = container.lines[0].get_data()
         assert (np.diff(p_a) > 0).all() and ((share >= 0) & (share <= 1)).all()
         assert len(set((15 * p_a).astype(int))) == len(p_a), "one point per bin"
+
+
+def test_reliability_is_of_option_a_wherever_the_preferred_film_stands():
+    """An arm that always gives Option A the odds e^2 is right in half of the cases, and has one point."""
+    axis = draw_reliability(predictions_of(a=np.tile([2.0, -2.0], (20, 1))), ["a"]).axes[0]
+    [p_a], [share] = axis.containers[0].lines[0].get_data()
+    assert p_a == pytest.approx(1 / (1 + np.exp(-2))) and share == 0.5
 
 
 def test_figures_are_written_for_screen_and_print(predictions, tmp_path):

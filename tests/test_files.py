@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from data import files
 from data.errors import UserError
 from data.files import fetch_wheel, file_sha256, is_sealed, read_json, seal, whole_folder, write_json, write_text
 
@@ -90,3 +91,25 @@ def test_without_pip_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(UserError, match="cannot fetch"):
         fetch_wheel("made-up==1.0", "0" * 64, tmp_path)
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    with files.only_run_in(tmp_path):
+        problem = f"another run is writing to {tmp_path}"
+        with pytest.raises(UserError, match=problem), files.only_run_in(tmp_path):
+            pass
+    with files.only_run_in(tmp_path):
+        assert (tmp_path / ".lock").is_file()
+
+
+def test_a_file_system_without_locks_is_told_and_a_system_without_them_refused(tmp_path, monkeypatch, capsys):
+    def flock(file: object, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.only_run_in(tmp_path / "outputs"):
+        assert (tmp_path / "outputs").is_dir()
+    assert "cannot be locked" in capsys.readouterr().err
+    monkeypatch.setattr(files, "fcntl", None)
+    with pytest.raises(UserError, match="no file locks\nOn Windows run it in WSL2"), files.only_run_in(tmp_path):
+        pass

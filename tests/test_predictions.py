@@ -45,3 +45,10 @@ def test_generated_answers_are_read_by_what_they_recommend_and_cite():
     rows = generation_rows("dpo", "1", stranger, ["A"] * 8, texts, genre_pattern(make_pairs(60)))
     wanted = [bool({"War", "Sci-Fi"} - {*pair.preferred.genres, *pair.other.genres}) for pair in stranger]
     assert list(rows["foreign_genre"]) == wanted
+
+
+def test_what_a_spreadsheet_makes_of_true_is_read(tmp_path):
+    path = tmp_path / "p.csv"
+    rows = [f"sft,model,,{user},{order},own,1,1,TRUE\n" for user in "xy" for order in "AB"]
+    path.write_text(HEADER + "".join(rows))
+    assert set(read_predictions(path)["preferred_more_popular"]) == {"true"}
