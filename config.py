@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 from data import errors
 from data.adapters import adapted_layers, original_name
+from data.bases import base_problem
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
@@ -58,7 +59,6 @@ KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licenc
 KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
 HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hub has the original under another name
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")  # in configurations
 SMALL_PARAMETERS = 1e9  # below this a GPU waits for its kernels to be launched
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
 
@@ -559,13 +559,10 @@ def model_shape(base_model: str) -> Any:
         return AutoConfig.from_pretrained(model_path(base_model), trust_remote_code=False)
 
 
-def check_base_model(base_model: str) -> None:
-    """Raise UserError unless a base model is there, and its logits are those of its output layer, as scores need."""
-    shape = model_shape(base_model)
-    scaled = [name for name in SCALED_LOGITS if getattr(shape, name, None) not in (None, 1)]
-    if scaled:
-        found = f"{base_model} scales or caps its logits ({scaled[0]} {getattr(shape, scaled[0])})"
-        problem = f"{found}, which neither the shared trainer nor the evaluation does"
+def check_base_model(settings: Settings) -> None:
+    """Raise UserError unless a base model is there, and `data.bases.base_problem` finds nothing against it."""
+    shape = model_shape(settings.base_model)
+    if problem := base_problem(settings.base_model, shape, settings.max_length):
         raise UserError(problem, "Give --base_model a model of another architecture, such as Llama, Mistral or Qwen.")
 
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ import config
 from config import EvaluationSettings
 from data.adapters import adapter_problem, original_name
 from data.baselines import BASELINES, film_counts
-from data.display import choices
+from data.display import BEING_WRITTEN, choices
 from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
@@ -227,7 +228,7 @@ def predict(
         config.join_processes()
     for precision in precisions(settings):  # what cannot be had is said before hours of scoring
         config.load_tokenizer(precision)
-        config.check_base_model(precision.base_model)
+        config.check_base_model(precision)
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
@@ -383,11 +384,12 @@ class Arms:
     model: Any
     tokenizer: Any
     names: tuple[str, ...]
+    lock: Any = dataclasses.field(default_factory=threading.RLock)  # Jupyter runs widgets in several threads
 
     @contextlib.contextmanager
     def switched_to(self, arm: str) -> Iterator[Any]:
-        """The model as this arm."""
-        with self.model.disable_adapter() if arm == "base" else contextlib.nullcontext():
+        """The model as this arm, held until the block ends."""
+        with self.lock, self.model.disable_adapter() if arm == "base" else contextlib.nullcontext():
             if arm != "base":
                 self.model.set_adapter(arm)
             yield self.model
@@ -420,7 +422,7 @@ def predict_with(arms: Arms, train: Sequence[Pair], test: Sequence[Pair], batch_
 
 
 def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
-    """What every arm makes of one pair: rows of `choices`, first without answers, then again as each arm has answered.
+    """What every arm makes of one pair: rows of `choices`, first without answers, then again after each arm's.
 
     An answer is what greedy decoding writes after the prompt of its order; it takes much longer than the choice.
     """
@@ -433,7 +435,7 @@ def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
         with arms.switched_to(arm) as model, torch.inference_mode():
             [log_probs] = tree_log_probs(model, [tree])
         parts.append(choices(arm, pair, tree_margins(tree, log_probs)[0]))
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True).assign(answer=BEING_WRITTEN)
     yield rows
     for arm in arms.names:
         with arms.switched_to(arm) as model:

@@ -774,7 +774,7 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     facts = config.environment_facts()
     checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
     tokenizer = config.load_tokenizer(settings)
-    config.check_base_model(settings.base_model)
+    config.check_base_model(settings)
     parameters = config.parameter_count(settings.base_model)
     model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
     checks.append(("base model", f"{model}, trained by {backend}", ""))

@@ -17,6 +17,7 @@ from data.measures import SCHEMA_VERSION
 from data.pairs import ORDERS, Pair, PairsError, other_letter, recommended
 from data.predictions import margins_by_user, read_predictions
 
+BEING_WRITTEN = "… (being written)"  # in place of an answer
 PUBLISHED = (Path("docs/results"), Path("docs/results/small"))
 
 

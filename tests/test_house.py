@@ -15,7 +15,7 @@ MODULES = [f"data.{module.name}" for module in pkgutil.iter_modules(data.__path_
 SCRIPTS = ("train_dpo", "evaluate_dpo")
 ORDER = (  # a module imports from those before it alone
     *("errors", "files", "machine", "pairs", "build_pairs", "trees", "tokens", "baselines", "runs", "adapters"),
-    *("predictions", "measures", "verdict", "report", "figures", "display"),
+    *("bases", "predictions", "measures", "verdict", "report", "figures", "display"),
 )
 
 
