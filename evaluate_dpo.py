@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import threading
 import time
@@ -29,14 +28,15 @@ if TYPE_CHECKING:
 
 import config
 from config import EvaluationSettings
-from data.adapters import adapter_problem, original_name
+from data.adapters import adapter_mismatch, adapter_problem
 from data.baselines import BASELINES, film_counts
+from data.bases import ANOTHER, original_name
 from data.display import BEING_WRITTEN, choices
 from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
 from data.measures import OF_ANSWERS, compute_metrics, generation_measures
-from data.pairs import ORDERS, Pair, ids_digest, preference_row, with_strangers
+from data.pairs import ORDERS, Pair, ids_digest, preference_row, warnings_on, with_strangers
 from data.predictions import ARM_NAME, baseline_rows, generation_rows, genre_pattern, prediction_rows, read_predictions
 from data.report import latex, report, summary, table, write_card
 from data.runs import RUN, WEIGHTS, Adapters, model_of, notes_of, notes_on, of_another_stage, read_run, settings_of
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.RANK != 0:
                 return
             generation = save(folder, rows, answers)
-            run = run_record(settings, test, adapters, mismatches, seconds)
+            run = run_record(settings, train, test, adapters, mismatches, seconds)
             write_json(folder / RUN, run)  # its mismatches are kept, whatever fails below
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
@@ -126,15 +126,22 @@ def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None =
 
 
 def run_record(
-    settings: EvaluationSettings, test: list[Pair], adapters: Adapters, mismatches: list[str], seconds: dict[str, float]
+    settings: EvaluationSettings,
+    train: list[Pair],
+    test: list[Pair],
+    adapters: Adapters,
+    mismatches: list[str],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """What run.json says of an evaluation."""
+    listed = adapters.values()
     return {
         "settings": dataclasses.asdict(settings),
         "data": {"pairs_sha256": file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
         "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
+        "adapters_sha256": {str(path): file_sha256(path / WEIGHTS) for runs in listed for path in runs.values()},
         "mismatches": mismatches,
-        "notes": notes_on(test, adapters, settings.bits),
+        "notes": warnings_on(train, test) + notes_on(adapters, settings.bits),
         "processes": config.PROCESSES,
         "seconds": seconds,
         **config.environment_facts(),
@@ -149,7 +156,8 @@ def run_record(
 def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[Adapters, list[str]]:
     """(adapters by arm and seed, mismatches that were allowed); each adapter is there.
 
-    The arms sft and dpo are where training writes them unless they are given; beside other arms alone they may lack.
+    The arms sft, sft_more and dpo are where training writes them, all their runs, unless they are given. The control
+    may lack, and beside other arms alone all may.
 
     Raises:
         UserError: an adapter is missing or, unless mismatches are allowed, does not fit the base model or the split.
@@ -164,25 +172,26 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
             raise UserError(f"--adapters {text}", remedy)
         given[name] = [Path(path) for path in paths.split(",")]
-    usual = {stage: [config.adapter_folder(settings, stage)] for stage in ("sft", "dpo")}
-    if given and not usual.keys() & given.keys():
-        usual = {stage: folders for stage, folders in usual.items() if folders[0].is_dir()}
-    arms = usual | given
+    found = {stage: config.adapters_there(settings, stage) for stage in ("sft", "sft_more", "dpo")}
+    needed = () if given and not found.keys() & given.keys() else ("sft", "dpo")
+    usual = {stage: there or [config.adapter_folder(settings, stage)] for stage, there in found.items()}
+    arms = {stage: folders for stage, folders in usual.items() if found[stage] or stage in needed} | given
     places = [(arm, number, folder) for arm, folders in arms.items() for number, folder in enumerate(folders)]
     for arm, _, folder in places:
         if not folder.is_dir():
-            stage = arm if arm in ("sft", "dpo") else "dpo"
+            stage = arm if arm in found else "dpo"
             command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
             remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
             raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
-    vocabulary = functools.cache(lambda: len(config.load_tokenizer(settings)))
-    digest = ids_digest(test)
+    base, digest = config.read_base(settings), ids_digest(test)
     adapters: Adapters = {}
     mismatches = []
     for arm, number, folder in places:
         run, seeds = read_run(folder), adapters.setdefault(arm, {})
-        problem = adapter_problem(folder, settings.base_model, vocabulary, digest) or of_another_stage(folder, arm)
-        if problem and not (settings.allow_mismatch and (folder / WEIGHTS).is_file()):
+        if problem := adapter_problem(folder, base):
+            raise UserError(problem, f"Give --adapters {arm}=FOLDER with a LoRA adapter of {settings.base_model}.")
+        problem = adapter_mismatch(folder, base, digest) or of_another_stage(folder, arm)
+        if problem and not settings.allow_mismatch:
             remedy = "Give the settings that it was trained with, or --allow_mismatch true to go on and report it."
             raise UserError(problem, remedy)
         if not problem and not (folder / RUN).is_file():
@@ -207,6 +216,7 @@ def load_adapter(model: Any, name: str, folder: Path) -> Any:
         model.load_adapter(str(folder), adapter_name=name)
     else:
         model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    config.check_loaded(model, name, folder)
     model.set_adapter(name)
     config.keep_from_repacking(model)
     return model.eval()
@@ -227,8 +237,7 @@ def predict(
     if config.PROCESSES > 1:
         config.join_processes()
     for precision in precisions(settings):  # what cannot be had is said before hours of scoring
-        config.load_tokenizer(precision)
-        config.check_base_model(precision)
+        config.read_base(precision)
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
@@ -241,6 +250,7 @@ def predict(
         suffix = "" if first else f"@{precision.bits}bit"
         with timed(seconds, f"loading{suffix}"):
             model, tokenizer = config.load_model(precision, scoring_dtype(settings.fast))
+            check_scores(model, tokenizer, test[0], exact=precision.bits != 8 and not settings.fast)
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
@@ -315,6 +325,28 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
         margins = np.sum(gather_object([margins]), axis=0)  # 0 where another process scored
     print(f"scored {description}: {len(trees):,} users in {time.monotonic() - began:.1f} s", flush=True)
     return margins[0], margins[1]
+
+
+def check_scores(model: Any, tokenizer: Any, pair: Pair, exact: bool) -> None:
+    """Raise UserError unless the tree of a pair gives the log-probabilities that its texts give, each by itself.
+
+    They differ where a model does not mix tokens by attention alone, or cuts or scales what it attends to.
+    """
+    import torch
+
+    tree = pair_tree(pair, tokenizer)
+    with torch.inference_mode():
+        [found] = tree_log_probs(model, [tree])
+        for order, paths in zip(ORDERS, tree.paths, strict=True):
+            row = preference_row(pair, order)
+            for response, path in zip((row["chosen"], row["rejected"]), paths, strict=True):
+                text = [*tokenizer(row["prompt"] + response)["input_ids"], tokenizer.eos_token_id]
+                tokens = torch.tensor([text], device=model.device)
+                log_probs = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
+                alone = log_probs[:-1].gather(-1, tokens[0, 1:, None])[-len(path) :, 0].cpu().numpy()
+                if not (difference := np.abs(alone - found[path]).max()) < (0.005 if exact else 1):
+                    problem = f"a token's log-probability differs by {difference:.3f} nats with the texts beside it"
+                    raise UserError(f"this model cannot be scored: {problem}", ANOTHER)
 
 
 def tree_margins(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
@@ -396,7 +428,7 @@ class Arms:
 
 
 def load_arms(settings: EvaluationSettings, test: Sequence[Pair]) -> Arms:
-    """The base model, once, with the first adapter of each of the arms sft and dpo.
+    """The base model, once, with the first adapter of each of the arms sft, sft_more and dpo.
 
     Raises:
         UserError: as find_adapters.
@@ -404,7 +436,7 @@ def load_arms(settings: EvaluationSettings, test: Sequence[Pair]) -> Arms:
     adapters, mismatches = find_adapters(settings, test)
     print("".join(f"mismatch: {mismatch}\n" for mismatch in mismatches), end="")
     model, tokenizer = config.load_model(settings, scoring_dtype(settings.fast))
-    names = [arm for arm in ("sft", "dpo") if arm in adapters]
+    names = [arm for arm in ("sft", "sft_more", "dpo") if arm in adapters]
     for arm in names:
         model = load_adapter(model, arm, next(iter(adapters[arm].values())))
     return Arms(model, tokenizer, ("base", *names))

@@ -1,12 +1,14 @@
-"""Train the two adapters that evaluate_dpo.py compares: SFT, and DPO.
+"""Train the adapters that evaluate_dpo.py compares: SFT, its control (SFT continued), and DPO.
 
-    python train_dpo.py                    # SFT where its adapter is missing, then DPO
+    python train_dpo.py                    # SFT, then from its adapter the control and DPO
+    python train_dpo.py --seeds 3          # three runs of each
     python train_dpo.py --check            # look at everything, train nothing
     python train_dpo.py --stage dpo --init base --beta 0.2
     python train_dpo.py --help             # all settings
 
-Pairs -> preference rows -> SFT on the chosen responses -> DPO on chosen against rejected -> an adapter folder with
-`run.json` (settings, data, versions, log), `loss.png` and a model card.
+Pairs -> preference rows -> SFT on the chosen responses -> as many steps of either more SFT or DPO on chosen against
+rejected -> adapter folders, each with `run.json` (settings, data, versions, log), `loss.png` and a model card. What is
+there with the same settings is not trained again.
 """
 
 from __future__ import annotations
@@ -33,15 +35,26 @@ import torch
 
 import config
 from config import TrainingSettings
-from data.adapters import adapter_problem, unlike_plain_lora
+from data.adapters import adapter_mismatch, adapter_problem, unlike_plain_lora
+from data.bases import HUB_NAMES, Base
 from data.errors import Check, UserError, print_checks, printable, refuse
 from data.figures import draw_losses
-from data.files import file_sha256, is_sealed, only_run_in, read_json, seal, whole_folder, write_json
+from data.files import file_sha256, only_run_in, read_json, seal, whole_folder, write_json
 from data.machine import PACKAGES, peak_process_memory, unmet_requirements
-from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows
+from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows, warnings_on
 from data.report import write_card
-from data.runs import RUN, WEIGHTS, differing, made_otherwise, read_run, trained_settings
-from data.tokens import check_tokenized, check_tokens, longest_in_tokens, tree_of
+from data.runs import (
+    OF_START,
+    RUN,
+    WEIGHTS,
+    last_whole_checkpoint,
+    prepare_checkpoints,
+    rows_seen,
+    trained_on,
+    trained_settings,
+    what_is_there,
+)
+from data.tokens import check_tokenized, check_tokens, longest_in_tokens, pair_tree, tree_of
 from data.trees import ancestor_mask, one_row, pad_trees, row_starts
 
 
@@ -77,25 +90,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     refuse(checks)
 
-    # SFT
-    sft_adapter = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
-    if settings.stage == "sft" or (settings.stage == "all" and not sft_adapter.is_dir()):
-        train_stage("sft", settings, data)
-    elif settings.stage == "all":
-        others = made_otherwise(read_run(sft_adapter), "sft", vars(settings))
-        told = f"; it was trained with {others}" if others else ""
-        print(f"sft: {sft_adapter} is there and is not trained again (--stage sft does){told}")
+    # SFT, its control and DPO: the adapters of each run
+    for run in planned_runs(settings):
+        there = what_is_there(run.folder, run.stage, asked_of(run, data), settings.restart)
+        refuse([(run.stage, there.said, there.remedy)])  # its start may have been trained since the checks
+        if there.done:
+            print(f"{run.stage}: {there.said}", flush=True)
+        else:
+            drawn = preference_rows(used, settings.option_order, run.settings.seed)
+            train_stage(run.stage, run.settings, data._replace(rows=drawn), run.start)
 
-    # DPO, from the SFT adapter or from the base model
-    if settings.stage != "sft":
-        train_stage("dpo", settings, data, sft_adapter if settings.init == "sft" else None)
+
+# ------------------------------------------------------------------------------- runs that are asked for
+
+
+class Run(NamedTuple):
+    """One training of a stage with the seed in its settings, from the adapter in `start`, or from the base model."""
+
+    stage: str
+    settings: TrainingSettings
+    start: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return config.adapter_folder(self.settings, self.stage)
+
+
+def planned_runs(settings: TrainingSettings) -> list[Run]:
+    """The runs that these settings ask for, in the order of training; runs after the first in folders of their own."""
+    stages = ["sft", "sft_more", "dpo"] if settings.stage == "all" else [settings.stage]
+    skipped = set() if settings.stage != "all" else {"sft"} if settings.sft_adapter else set()
+    skipped |= {"sft_more"} if settings.stage == "all" and not settings.control else set()
+    runs = []
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        place = settings.outputs if seed == settings.seed else str(Path(settings.outputs) / f"seed{seed}")
+        own = dataclasses.replace(settings, seed=seed, outputs=place)
+        sft = Path(settings.sft_adapter or config.adapter_folder(own, "sft"))
+        start = sft if settings.init == "sft" else None
+        runs += [Run(stage, own, None if stage == "sft" else start) for stage in stages if stage not in skipped]
+    return runs
+
+
+def asked_of(run: Run, data: Data) -> dict[str, Any]:
+    """All that decides what a run trains, whatever the machine; its start is left out where it is trained first."""
+    start = file_sha256(run.start / WEIGHTS) if run.start and (run.start / WEIGHTS).is_file() else None
+    asked = trained_settings(run.stage, vars(run.settings)) | trained_on(data.split["pairs_sha256"], start)
+    return {name: value for name, value in asked.items() if value or not run.start or name != OF_START}
 
 
 # ------------------------------------------------------------------------------------------ a stage, whole
 
 
 def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path | None = None) -> None:
-    """Train one stage (`sft` or `dpo`) from an adapter or the base model, and write its adapter folder."""
+    """Train one stage (`sft`, `sft_more` or `dpo`) from an adapter or the base model, and write its adapter folder."""
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     kind = "shared" if shares_prompt(stage, settings) else "stock"
@@ -115,6 +162,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         losses = [entry["loss"] for entry in history if "loss" in entry]
         seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
+        seen = pairs_seen(steps, len(data.rows), settings.effective_batch)
+        before = rows_seen(start) if start else 0
         run = {
             "stage": stage, "settings": dataclasses.asdict(settings),
             "initial_adapter": str(start) if start else None,
@@ -122,7 +171,7 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
             "initial_adapter_known": (start / RUN).is_file() if start else None,  # else it may have seen test pairs
             "data": data.split, "rows": len(data.rows), "steps": steps, "trainer": kind,
             **fitted,  # after a resumption, seconds and memory are those since then
-            "rows_seen": steps * settings.effective_batch,
+            "rows_seen": seen, "pairs_seen": seen + before if before or not start else None,  # its start's included
             "first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1),
             "rows_per_second": round(settings.effective_batch / statistics.median(gaps), 3) if len(gaps) else None,
             "wall_seconds": round(time.monotonic() - began, 1),
@@ -158,7 +207,7 @@ def train_within_memory(
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * 1e9 / total))
     share = settings.effective_batch // config.PROCESSES
     shared = shares_prompt(stage, settings)
-    responses, prompts = (["chosen"], 1) if stage == "sft" else (["chosen", "rejected"], 1 if shared else 2)
+    responses, prompts = (["chosen"], 1) if stage != "dpo" else (["chosen", "rejected"], 1 if shared else 2)
     tokens = longest_in_tokens(data.rows, config.load_tokenizer(settings), responses, prompts)
     batch_size, checkpointing, graphs = config.fitting_batch_size(settings, share, tokens, shared)
     if config.PROCESSES > 1:  # all take what the fullest GPU can
@@ -197,6 +246,12 @@ def train_within_memory(
         print(f"{stage}: out of memory; starting again {less}", flush=True)
 
 
+def pairs_seen(steps: int, rows: int, batch: int) -> int:
+    """Rows seen in so many steps of `batch` rows; the last step of a pass over the rows has what is left of them."""
+    passes, rest = divmod(steps, math.ceil(rows / batch))
+    return passes * rows + rest * batch
+
+
 def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -216,7 +271,8 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
         with whole_folder(folder) as made:
             model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)
             model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
-            described = read_json(made / "adapter_config.json") | {"base_model_name_or_path": settings.base_model}
+            name = HUB_NAMES.get(settings.base_model, settings.base_model)  # one that any client finds
+            described = read_json(made / "adapter_config.json") | {"base_model_name_or_path": name}
             write_json(made / "adapter_config.json", described)
             config.load_tokenizer(settings).save_pretrained(made)
             write_json(made / RUN, run)
@@ -232,36 +288,12 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
 
 def run_identity(stage: str, settings: TrainingSettings, data: Data, start: Path | None) -> dict[str, Any]:
     """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
-    return trained_settings(stage, vars(settings)) | {
-        "sha256 of the pairs": data.split["pairs_sha256"][:12],
-        "sha256 of the SFT adapter": file_sha256(start / WEIGHTS)[:12] if start else None,
+    start_sha256 = file_sha256(start / WEIGHTS) if start else None
+    return trained_settings(stage, vars(settings)) | trained_on(data.split["pairs_sha256"], start_sha256) | {
         "backend": config.backend_of(settings),
         "compute dtype": str(config.training_dtype()),
         "processes": config.PROCESSES,
     }
-
-
-def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make a stage's checkpoints folder ready; UserError if it holds an unfinished run of another identity."""
-    for checkpoint in folder.glob("checkpoint-*") if restart else ():
-        shutil.rmtree(checkpoint)
-    others = differing(read_json(folder / RUN), identity)
-    if others and last_whole_checkpoint(folder):
-        remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
-        raise UserError(f"{folder} holds an unfinished run with {others}", f"Run it with what it had, {remedy}")
-    write_json(folder / RUN, identity)
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there as they were written; broken newer ones are removed."""
-    by_step = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(by_step):
-        if is_sealed(checkpoint):
-            return checkpoint
-        if config.RANK == 0:
-            print(f"{checkpoint} is not whole and is removed", file=sys.stderr, flush=True)
-            shutil.rmtree(checkpoint)
-    return None
 
 
 def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
@@ -347,11 +379,12 @@ def build_trainer(
         adapter["peft_config"] = config.lora_config(settings)
     else:
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
+        config.check_loaded(model, "default", start)
         model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)  # not on the hub
     rows, watched = data.rows, data.validation_rows
-    if stage == "sft":
+    if stage != "dpo":
         rows, watched = ([{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in data[:2])
-    shared, kind = shares_prompt(stage, settings), SFTTrainer if stage == "sft" else DPOTrainer
+    shared, kind = shares_prompt(stage, settings), DPOTrainer if stage == "dpo" else SFTTrainer
     if shared:
         kind = shared_prompt_trainer(in_one_row(settings), bool(settings.cuda_graphs))
     # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
@@ -394,13 +427,17 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         "logging_steps": settings.logging_steps, "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would hide them from training_health, and wait for each step's loss
     }
-    if stage == "sft":
-        shared |= {"num_train_epochs": settings.sft_epochs, "learning_rate": settings.sft_learning_rate}
+    if stage != "dpo":
+        epochs, rate = settings.sft_epochs, settings.sft_learning_rate
+        if stage == "sft_more":
+            epochs, rate = settings.epochs, settings.control_learning_rate or rate
+        shared |= {"num_train_epochs": epochs, "learning_rate": rate}
         made = SFTConfig(**shared, completion_only_loss=True, packing=False, padding_free=False)
     else:
         shared |= {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate, "beta": settings.beta}
-        own = {"loss_type": [settings.loss_type], "disable_dropout": True, "precompute_ref_log_probs": False}
-        made = DPOConfig(**shared, **own)
+        losses = settings.loss_type.split("+")
+        shared |= {"loss_type": losses, "loss_weights": [1.0, settings.sft_weight][: len(losses)]}
+        made = DPOConfig(**shared, disable_dropout=True, precompute_ref_log_probs=False)
     made.mixed_precision = "bf16" if made.bf16 else "no"  # whatever an accelerate configuration asks for
     made._n_gpu = min(made.n_gpu, 1)  # without a launcher a second GPU would get rows of its own: another batch
     return made
@@ -425,7 +462,8 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
     """
     from transformers import TrainerCallback
 
-    lower = f"Lower --{'sft_' if stage == 'sft' else ''}learning_rate or --max_grad_norm, with --restart true."
+    prefix = {"sft": "sft_", "sft_more": "control_", "dpo": ""}[stage]
+    lower = f"Lower --{prefix}learning_rate or --max_grad_norm, with --restart true."
 
     class TrainingHealth(TrainerCallback):
         def __init__(self) -> None:
@@ -471,7 +509,7 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
             if len(losses) > 5 and statistics.median(losses[-5:]) > 2 * losses[0] + 1:
                 problem = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {step}"
                 raise UserError(problem, lower)
-            off = 0 if stage == "sft" or args.loss_type != ["sigmoid"] else abs(loss - math.log(2))
+            off = 0 if stage != "dpo" or args.loss_type != ["sigmoid"] else abs(loss - math.log(2))
             if step == 1 and (abs(margin) > tolerance or off > tolerance):
                 problem = (
                     f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin "
@@ -703,7 +741,7 @@ def check_isolation(trainer: Any, bits: int) -> None:
         raise UserError(
             "dpo: in this model a response sees the responses beside it: its log-probabilities change by up to "
             f"{max(changes):.3f} nats with them",
-            "Give --trainer stock.",
+            "Give --base_model another model: the evaluation could not score this one either.",
         )
 
 
@@ -773,9 +811,8 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     checks = [("packages", versions or "as in requirements.txt", remedy)]
     facts = config.environment_facts()
     checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
-    tokenizer = config.load_tokenizer(settings)
-    config.check_base_model(settings)
-    parameters = config.parameter_count(settings.base_model)
+    tokenizer, base = config.load_tokenizer(settings), config.read_base(settings)
+    parameters = base.parameters
     model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
     checks.append(("base model", f"{model}, trained by {backend}", ""))
     needed = 1.5 + parameters * settings.bits / 8 * 1.3 / 1e9
@@ -791,48 +828,58 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     checks.append(("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""))
     alone = f"one letter alone would score {max(answers.values()) / answers.total():.0%} in this order"
     checks.append(("answers in the file", f"{answers['A']:,} A, {answers['B']:,} B; {alone}", ""))
+    checks += [("note", warning, "") for warning in warnings_on(train, test)]
     in_a = sum(row["chosen"].startswith(f"{STEM} A") for row in data.rows)
     letters = f"{in_a:,} A, {len(data.rows) - in_a:,} B"
     checks.append(("rows", f"{len(data.rows):,} for training ({settings.option_order}): {letters}", ""))
     longest = check_tokens(data.rows + data.validation_rows, tokenizer, settings.max_length)
     checks.append(("longest row", f"{longest} tokens of at most {settings.max_length}", ""))
-    for stage, epochs in (("sft", settings.sft_epochs), ("dpo", settings.epochs)):
-        steps = math.ceil(math.ceil(len(data.rows) / settings.effective_batch) * epochs)
-        steps = min(steps, settings.max_steps) if settings.max_steps > 0 else steps
-        folder = config.adapter_folder(settings, stage)
-        is_there = "is there" if folder.is_dir() else "is not there yet"
-        checks.append((stage, f"{steps:,} steps of {settings.effective_batch}; {folder} {is_there}", ""))
-    start = starting_point(settings, ids_digest(test), len(tokenizer))
-    return [*checks, ("DPO starts from", *start), ("trainer", *libraries_settings(settings))]
+    pair_tree(test[0], tokenizer)  # as the evaluation will cut it
+    runs, steps = planned_runs(settings), {}
+    for run in runs:
+        epochs = settings.sft_epochs if run.stage == "sft" else settings.epochs
+        count = math.ceil(math.ceil(len(data.rows) / settings.effective_batch) * epochs)
+        steps[run.stage] = min(count, settings.max_steps) if settings.max_steps > 0 else count
+        there = what_is_there(run.folder, run.stage, asked_of(run, data), settings.restart)
+        said = f"{steps[run.stage]:,} steps of {settings.effective_batch}; {there.said}"
+        checks.append((run.stage, said, there.remedy))
+    trained = {run.folder for run in runs if run.stage == "sft"}
+    for start in dict.fromkeys(run.start for run in runs if run.stage != "sft"):
+        if start is None or (start in trained and not start.is_dir()):
+            checks.append(("starts from", "the base model" if start is None else f"{start}, trained first", ""))
+        else:
+            checks.append(("starts from", *starting_point(settings, start, base, ids_digest(test))))
+    return [*checks, ("trainer", *libraries_settings(settings, steps))]
 
 
-def libraries_settings(settings: TrainingSettings) -> tuple[str, str]:
-    """Do the libraries know the optimiser, the schedule and the tracker? They would say it in a traceback."""
-    from transformers import get_scheduler
+def libraries_settings(settings: TrainingSettings, steps: dict[str, int]) -> tuple[str, str]:
+    """Do the libraries take the optimiser, the schedule and the tracker? They would say it in a traceback.
+
+    steps: of each stage that is trained.
+    """
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import get_available_reporting_integrations
-    from transformers.training_args import OptimizerNames
 
     try:
-        OptimizerNames(settings.optim)
-        dummy, warmup = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), settings.warmup_steps
-        get_scheduler(settings.lr_scheduler, dummy, num_warmup_steps=warmup, num_training_steps=2 + warmup)
-    except (ValueError, TypeError) as error:
-        return printable(str(error).strip().partition("\n")[0]), "Give another --optim or --lr_scheduler."
+        for stage, count in steps.items():
+            made = trainer_arguments(stage, dataclasses.replace(settings, report_to="none"), 1)
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(made)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+            schedule = get_scheduler(made.lr_scheduler_type, optimizer, settings.warmup_steps, count)
+            optimizer.step()  # or the schedule complains
+            for _ in range(count if hasattr(schedule, "lr_lambdas") else 0):  # others go by what is measured
+                schedule.step()
+    except (ValueError, TypeError, ImportError, ArithmeticError, RuntimeError) as error:
+        found = printable(str(error).strip().partition("\n")[0])
+        return found, "Give another --optim, --lr_scheduler or --warmup_steps."
     known = settings.report_to in ("none", "all", *get_available_reporting_integrations())
     named = f"{settings.optim}, {settings.lr_scheduler}, reports to {settings.report_to}"
     return named, "" if known else f"Install {settings.report_to}, or give --report_to none."
 
 
-def starting_point(settings: TrainingSettings, test_digest: str, vocabulary: int) -> tuple[str, str]:
-    """What DPO starts from, and whether an adapter that is there already fits this base model and split."""
-    folder = Path(settings.sft_adapter or config.adapter_folder(settings, "sft"))
-    if settings.init == "base":
-        return "the base model", ""
-    if settings.stage == "sft":
-        return "nothing: only SFT is trained", ""
-    if settings.stage == "all" and settings.sft_adapter is None and not folder.is_dir():
-        return "the SFT adapter that is trained first", ""
-    if problem := adapter_problem(folder, settings.base_model, lambda: vocabulary, test_digest):
+def starting_point(settings: TrainingSettings, folder: Path, base: Base, test_digest: str) -> tuple[str, str]:
+    """An adapter that is there to start from, and what to do where it does not fit this base model and split."""
+    if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
     if kind := unlike_plain_lora(folder, config.LORA_TARGETS):
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."

@@ -1,36 +1,61 @@
-"""An adapter's folder, read without a model: is it a whole LoRA adapter, and of this base model and this split?"""
+"""An adapter's folder, read without a model: is it plain LoRA, whole, of this base model and of this split?
+
+Plain means: low-rank updates of single linear layers. Whatever else an adapter can hold (embeddings, biases, other
+initialisations of the base) would change the base model for the arms that are scored after it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data.bases import Base, base_key
 from data.errors import printable
 from data.files import read_json
 from data.runs import RUN, WEIGHTS, read_run, settings_of
 
+CONFIG = "adapter_config.json"
+ANY_VALUE = {  # settings of adapter_config.json that change neither what is adapted nor how; or are looked at below
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
+    *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision"),
+    *("target_modules", "use_dora", "use_rslora"),
+}
+THESE_VALUES = {  # other settings must be unset, too: what a newer PEFT means by them is not known
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # which leave the base model as it is
+    "task_type": ("CAUSAL_LM",),
+}
+EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+_TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB]\.weight|magnitude_vector(\.weight)?)")
 
-def original_name(base_model: str) -> str:
-    """The 16-bit original of a base model that Unsloth stored in 4 bits; any other name is its own."""
-    return base_model.removesuffix("-bnb-4bit")
+
+def adapter_problem(folder: Path, base: Base) -> str:
+    """Why the adapter in a folder is no whole plain LoRA on this base model; "" if it is."""
+    if problem := _folder_problem(folder):
+        return printable(problem)
+    try:
+        return printable(_weights_problem(folder, base))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        return printable(f"{folder}/{CONFIG} or the header of its weights has another form than PEFT's ({error})")
 
 
-def adapter_problem(folder: Path, base_model: str, vocabulary: Callable[[], int], test_digest: str) -> str:
-    """Why the adapter in a folder cannot serve this base model and this split; "" if it can.
-
-    An adapter without run.json is taken as it is: nothing is known of what it was trained on.
-    vocabulary: gives the tokens of the base model's tokenizer; asked last, since it may have to be fetched.
-    """
-    return printable(_problem(folder, base_model, vocabulary, test_digest))
+def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
+    """Why an adapter was made for another base model or split, as its run.json and configuration say; "" if not."""
+    return printable(_mismatch(folder, base, test_digest))
 
 
-def _problem(folder: Path, base_model: str, vocabulary: Callable[[], int], test_digest: str) -> str:
+def _folder_problem(folder: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
         return f"there is no adapter at {folder}"
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             return f"{folder} is no adapter: it has no {name}"
     try:
@@ -38,28 +63,104 @@ def _problem(folder: Path, base_model: str, vocabulary: Callable[[], int], test_
             pass
     except (SafetensorError, OSError) as error:
         return f"{folder}/{WEIGHTS} is damaged or cut short ({error})"
-    if read_json(folder / "adapter_config.json").get("peft_type") != "LORA":
-        return f"{folder}/adapter_config.json describes no LoRA adapter"
-    if not (folder / RUN).is_file():
-        return ""
-    run: dict[str, Any] = read_run(folder)
-    trained_on, data = settings_of(run).get("base_model"), run.get("data")
-    if not trained_on or not isinstance(data, dict) or "test_digest" not in data:
-        return f"{folder}/{RUN} cannot be read, or is of an older version"
-    if original_name(str(trained_on)) != original_name(base_model):
-        return f"{folder} was trained on the base model {trained_on}, not {base_model}"
-    if data["test_digest"] != test_digest:
-        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
-    had = run.get("vocabulary")
-    if had and had != (has := vocabulary()):
-        return f"{folder} was trained with another tokenizer, of {had} tokens; that of {base_model} has {has}"
+    lora = read_json(folder / CONFIG)
+    if lora.get("peft_type") != "LORA":
+        return f"{folder}/{CONFIG} describes no LoRA adapter"
+    for name in ("r", "lora_alpha"):
+        if isinstance(lora.get(name), bool) or not isinstance(lora.get(name), int | float) or not lora[name] > 0:
+            return f"{folder}/{CONFIG} has {name} {lora.get(name)!r}"
+    for name, value in lora.items():
+        if value and name not in ANY_VALUE and value not in THESE_VALUES.get(name, ()):
+            return f"{folder} is no plain LoRA adapter: it has {name} {value!r}"
     return ""
 
 
-def unlike_plain_lora(folder: Path, targets: Sequence[str]) -> list[str]:
-    """What an adapter has beside low-rank updates, of one rank and scale, of these layers."""
-    lora = read_json(folder / "adapter_config.json")
-    unlike = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+def _mismatch(folder: Path, base: Base, test_digest: str) -> str:
+    run: dict[str, Any] = read_run(folder)
+    trained_on, data = settings_of(run).get("base_model"), run.get("data")
+    if not (folder / RUN).is_file():
+        trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
+    elif not trained_on or not isinstance(data, dict) or "test_digest" not in data:
+        return f"{folder}/{RUN} cannot be read, or is of an older version"
+    elif data["test_digest"] != test_digest:
+        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    if trained_on and base_key(str(trained_on)) != base_key(base.name):
+        return f"{folder} was trained on the base model {trained_on}, not {base.name}"
+    had = run.get("vocabulary")
+    if had and had != base.vocabulary:
+        tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"
+        return f"{folder} was trained with another tokenizer, {tokens}"
+    return ""
+
+
+def _weights_problem(folder: Path, base: Base) -> str:
+    """Why an adapter's tensors are not the low-rank updates of the base model's layers that its configuration names."""
+    lora, tensors = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
+    parts: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        found = _TENSOR.fullmatch(name)
+        layer = found["layer"] if found else ""
+        if layer not in base.layers:
+            return f"{folder} holds {name}, which updates no layer of {base.name}"
+        rank, (inputs, outputs) = lora.get("r"), base.layers[layer]
+        rank = tensor["shape"][0] if lora.get("rank_pattern") and tensor["shape"] else rank
+        wanted = {"A.weight": [rank, inputs], "B.weight": [outputs, rank]}.get(found["part"], [outputs])
+        if found["part"] == "B.weight" and lora.get("rank_pattern"):
+            wanted = [outputs, *tensor["shape"][1:]]
+        if tensor["shape"] != wanted:
+            return f"{folder}: {name} has the shape {tensor['shape']}, where {base.name} needs {wanted}"
+        parts.setdefault(layer, set()).add(found["part"].partition(".")[0])
+    if not tensors:
+        return f"{folder} holds no weights"
+    named = layers_named(lora, base.layers)
+    whole = {"A", "B", "magnitude_vector"} if lora.get("use_dora") else {"A", "B"}
+    if unlike := [layer for layer in sorted(named | parts.keys()) if parts.get(layer) != whole or layer not in named]:
+        return f"{folder}: the weights of {len(unlike)} layers are not those that {CONFIG} names, such as {unlike[0]}"
+    if name := first_not_finite(folder / WEIGHTS, tensors):
+        return f"{folder}: {name} holds what is no finite number of 16 or 32 bits"
+    return ""
+
+
+def layers_named(lora: dict[str, Any], layers: Collection[str]) -> set[str]:
+    """The layers that an adapter_config.json names, as PEFT matches their paths: by a pattern, or by their ends."""
+
+    def among(path: str, names: Any) -> bool:
+        if isinstance(names, str):
+            return bool(re.fullmatch(names, path))
+        return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+    numbers = lora.get("layers_to_transform")
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    named = {path for path in layers if among(path, lora.get("target_modules"))}
+    named -= {path for path in layers if among(path, lora.get("exclude_modules"))}
+    return {path for path in named if numbers is None or int((re.findall(r"\.(\d+)\.", path) or [-1])[0]) in numbers}
+
+
+def read_header(weights: Path) -> dict[str, Any]:
+    """`shape`, `dtype` and `data_offsets` of every tensor in a safetensors file, by name."""
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def first_not_finite(weights: Path, tensors: dict[str, Any]) -> str:
+    """The first tensor that holds an infinity, no number, or numbers of a type that is not looked into; "" if none."""
+    with open(weights, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name, tensor in tensors.items():
+            integers, exponent = EXPONENTS.get(tensor["dtype"], (np.uint8, 0))
+            first, last = tensor["data_offsets"]
+            file.seek(start + first)
+            values = np.frombuffer(file.read(last - first), integers)
+            if ((values & exponent) == exponent).any():
+                return name
+    return ""
+
+
+def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:
+    """What an adapter has beside updates of one rank and scale, of these layers: training does not go on with it."""
+    lora = read_json(folder / CONFIG)
+    unlike = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "layers_to_transform")
     return [name for name in unlike if lora.get(name)] + sorted(adapted_layers(folder) - {*targets})
 
 
@@ -68,8 +169,5 @@ def adapted_layers(folder: Path) -> set[str]:
 
     Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 bits.
     """
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "np") as weights:
-        names = [name.partition(".lora_")[0] for name in weights.keys() if ".lora_" in name]  # noqa: SIM118
+    names = [name.partition(".lora_")[0] for name in read_header(folder / WEIGHTS) if ".lora_" in name]
     return {name.rpartition(".")[2] for name in names}

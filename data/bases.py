@@ -1,29 +1,125 @@
-"""A base model's configuration, read without its weights: can it be trained and scored here?"""
+"""A base model, read without its weights: can it be trained and scored here, and is it the same as another one?"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import printable
+from data.files import read_json
 
 SCALED_LOGITS = (  # as configurations name it
     *("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier"),
 )
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}  # kinds of layers
+STORED = {"nf4": 4, "8-bit": 8}  # quantised weights that bitsandbytes loads as they are, and the bits to ask for
+HUB_NAMES = {"SmolLM2-135M-Instruct-Q4_1": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # another name of the same model
+MIRRORS = HUB_NAMES | {"meta-llama/Meta-Llama-3-8B": "unsloth/llama-3-8b"}
+ANOTHER = "Give --base_model another model, such as a Llama, Mistral or Qwen."
 
 
-def base_problem(name: str, shape: Any, max_length: int) -> str:
-    """Why a base model cannot serve; "" if it can.
+class Base(NamedTuple):
+    """A base model as its configuration and tokenizer describe it.
 
-    Scores are made of the output layer's own logits, and rows attend to all that stands before.
+    shape: the configuration, as transformers loads it; a model of several parts has its text's inside.
+    layers: (inputs, outputs) of every linear layer, by its path.
+    vocabulary: tokens of its tokenizer.
+    """
+
+    name: str
+    shape: Any
+    layers: dict[str, tuple[int, int]]
+    parameters: int
+    vocabulary: int
+
+
+def original_name(base_model: str) -> str:
+    """The 16-bit original of a base model that Unsloth stored in 4 bits; any other name is its own."""
+    return base_model.removesuffix("-bnb-4bit")
+
+
+def base_key(base_model: str) -> str:
+    """Equal for two spellings of one base model: a folder by any of its paths, a model stored in 16 or 4 bits."""
+    name = original_name(os.path.realpath(base_model) if Path(base_model).is_dir() else base_model)
+    return MIRRORS.get(name, name)
+
+
+def stored_as(shape: Any) -> str:
+    """How a base model's files are quantised: nf4, fp4, 8-bit or another's method; "" if they are not."""
+    quantised = getattr(shape, "quantization_config", None)
+    if quantised is None:
+        return ""
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    if quantised.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return printable(str(quantised["quant_method"]))
+    known = {"load_in_8bit": "8-bit", "load_in_4bit": str(quantised.get("bnb_4bit_quant_type", "fp4"))}
+    return next((kind for flag, kind in known.items() if quantised.get(flag)), "an unknown format")
+
+
+def base_problem(base: Base, bits: int, max_length: int) -> tuple[str, str]:
+    """(why a base model cannot be trained or scored in these bits, what to do); ("", "") if it can.
+
+    Scores are made of the output layer's own logits, and a row attends to all that stands before.
 
     Args:
-        shape: its configuration, as transformers loads it; a model of several parts has its text's inside.
         max_length: tokens of the longest row.
     """
-    text = shape.get_text_config()
-    scaled = [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1)]
-    if scaled:
+    name, text = base.name, base.shape.get_text_config()
+    if problem := files_problem(Path(name)):
+        return problem, "Download it again, as safetensors."
+    stored = stored_as(base.shape)
+    if stored and stored not in STORED:
+        problem = f"the weights of {name} are stored in {stored}, which is neither 16 bits, NF4 nor LLM.int8"
+        return problem, "Give --base_model the 16-bit original: --bits 4 makes NF4 of it."
+    if stored and STORED[stored] != bits:
+        problem = f"the weights of {name} are stored in {STORED[stored]} bits and cannot be had in {bits}"
+        original = original_name(name) if name != original_name(name) else "the 16-bit original"
+        return problem, f"Give --bits {STORED[stored]}, or --base_model {original}."
+    if others := sorted({*(getattr(text, "layer_types", None) or ())} - ATTENTION):
+        return f"{name} has layers of another kind than attention ({', '.join(others)})", ANOTHER
+    if scaled := [part for part in SCALED_LOGITS if getattr(text, part, None) not in (None, 1)]:
         found = f"{name} scales or caps its logits ({scaled[0]} {getattr(text, scaled[0])})"
-        return f"{found}, which neither the shared trainer nor the evaluation does"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True) and window < max_length:
-        return f"{name} attends to {window} tokens alone (sliding_window), fewer than max_length {max_length}"
+        return f"{found}, which neither the shared trainer nor the evaluation does", ANOTHER
+    for window in ("sliding_window", "attention_chunk_size"):
+        tokens = getattr(text, window, None)
+        if tokens and tokens < max_length and getattr(text, "use_sliding_window", True):
+            return f"{name} attends to {tokens} tokens alone ({window}), fewer than max_length {max_length}", ANOTHER
+    return "", ""
+
+
+def training_problem(base: Base, targets: Collection[str]) -> tuple[str, str]:
+    """(why LoRA on the layers named `targets` cannot be trained on a base model, what to do); ("", "") if it can."""
+    experts = {
+        name: value
+        for name, value in base.shape.get_text_config().to_dict().items()
+        if "expert" in name and type(value) is int and value > 1
+    }
+    if experts:
+        [first, *_] = experts.items()
+        return f"{base.name} is a mixture of experts ({first[0]} {first[1]}), which is not trained here", ANOTHER
+    found = {path.rpartition(".")[2] for path in base.layers}
+    if missing := [name for name in targets if name not in found]:
+        lacks = f"{len(missing)} of the {len(targets)} layers that LoRA adapts, {missing[0]} first"
+        return f"{base.name} lacks {lacks}", ANOTHER
+    return "", ""
+
+
+def files_problem(folder: Path) -> str:
+    """Why a local folder does not hold a model's weights, whole and as safetensors; "" if it does, or is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        return ""
+    shards = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    for name in sorted({*map(str, shards.values())}) if isinstance(shards, dict) else ["model.safetensors"]:
+        if not (folder / name).is_file():
+            pickled = "" if shards else next((path.name for path in folder.glob("*.bin")), "")
+            return f"{folder} has no {name}" + f", and {pickled} is a pickle, which is not read" * bool(pickled)
+        try:
+            with safe_open(folder / name, "np"):  # compares what its header says with the file's size
+                pass
+        except (SafetensorError, OSError) as error:
+            return printable(f"{folder / name} is damaged or cut short ({error})")
     return ""

@@ -59,17 +59,20 @@ Check = tuple[str, str, str]  # what, what was found, how to fix it ("" where al
 
 
 def refuse(checks: list[Check]) -> None:
-    """Raise UserError for the first check that found something to fix."""
+    """Raise UserError for the first check that found something to fix; print what is only to be known (`note`)."""
     for what, found, remedy in checks:
         if remedy:
             raise UserError(f"{what}: {found}", remedy)
+        if what == "note":
+            print(f"note: {found}", file=sys.stderr)
 
 
 def print_checks(checks: list[Check]) -> None:
     """Print all checks; exit code 2 where something is to be fixed."""
     width = max(len(what) for what, _, _ in checks)
     for what, found, remedy in checks:
-        print(f"{'!!' if remedy else 'ok'}  {what:<{width}}  {found}" + f"\n    {'':<{width}}  {remedy}" * bool(remedy))
+        mark = "!!" if remedy else "--" if what == "note" else "ok"
+        print(f"{mark}  {what:<{width}}  {found}" + f"\n    {'':<{width}}  {remedy}" * bool(remedy))
     problems = sum(bool(remedy) for _, _, remedy in checks)
     print("ready to train" if not problems else f"{problems} thing(s) to mend before training")
     if problems:

@@ -132,6 +132,7 @@ MARK = "Written by this project's scripts, and written anew by them; delete this
 CARD_MARK = f"<!-- {MARK} -->"
 CARD_SETTINGS = {
     "sft": ["sft_epochs", "sft_learning_rate"],
+    "sft_more": ["init", "epochs", "control_learning_rate", "sft_learning_rate"],
     "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
 }
 COMMON_SETTINGS = ["option_order", "lora_dropout", "effective_batch", "optim", "lr_scheduler", "warmup_steps"]

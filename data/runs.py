@@ -1,4 +1,4 @@
-"""run.json: what a training run was, and whether several of them can be compared.
+"""run.json: what a training run was, whether it goes on or is done, and whether several can be compared.
 
 A run.json may be somebody else's: what it does not say, or says in another form, is unknown.
 """
@@ -6,27 +6,32 @@ A run.json may be somebody else's: what it does not say, or says in another form
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.errors import printable
-from data.files import file_sha256, read_json
-from data.pairs import Pair
+from data.bases import base_key
+from data.errors import UserError, printable
+from data.files import file_sha256, is_sealed, read_json, write_json
+from data.machine import RANK
 
 RUN = "run.json"
 WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
+OF_START = "sha256 of the adapter that it starts from"
 Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
 # These don't change what is trained, or are known by their content; a new setting counts.
 NOT_TRAINED = {
     *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size"),
     *("gpu_memory_gb", "gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps"),
-    *("report_to", "push_to_hub", "merge"),  # the last two are of earlier versions
+    *("report_to", "control", "seeds", "push_to_hub", "merge"),  # the last two are of earlier versions
 }
+OF_DPO = {"learning_rate", "beta", "loss_type", "sft_weight", "trainer"}
 OF_OTHER_STAGE = {
-    "sft": {"init", "epochs", "learning_rate", "beta", "loss_type", "trainer"},
-    "dpo": {"sft_epochs", "sft_learning_rate"},
+    "sft": {"init", "epochs", "control_learning_rate"} | OF_DPO,
+    "sft_more": {"sft_epochs"} | OF_DPO,
+    "dpo": {"sft_epochs", "sft_learning_rate", "control_learning_rate"},
 }
 
 
@@ -37,7 +42,8 @@ def read_run(adapter: Path) -> dict[str, Any]:
 
 def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that decide what a stage trains."""
-    return {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+    decisive = {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
+    return decisive | {"base_model": base_key(str(settings.get("base_model")))}
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -46,11 +52,66 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{name} {before.get(name)!r}, not {now[name]!r}" for name in others)
 
 
-def made_otherwise(run: dict[str, Any], stage: str, settings: dict[str, Any]) -> str:
-    """Which of these settings a run was not trained with, in words; a setting newer than the run is no difference."""
-    had = settings_of(run)
-    asked = trained_settings(stage, settings)
-    return differing(asked | had, asked) if had else ""
+def trained_on(pairs_sha256: str, start_sha256: str | None) -> dict[str, Any]:
+    """What beside the settings decides what a stage trains: its pairs, and the adapter that it starts from."""
+    return {"sha256 of the pairs": pairs_sha256[:12], OF_START: start_sha256 and start_sha256[:12]}
+
+
+def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> str:
+    """What of `asked` a run was not trained with, in words; a setting newer than the run is no difference.
+
+    asked: `trained_settings` and `trained_on` of a run that is asked for.
+    """
+    had, data = settings_of(run), run.get("data")
+    if run.get("stage") != stage or not had or not isinstance(data, dict):
+        return f"no run.json of {stage}"
+    start = run.get("initial_adapter_sha256")
+    had = trained_settings(stage, had) | trained_on(str(data.get("pairs_sha256")), start and str(start))
+    return differing(asked | had, asked)
+
+
+class There(NamedTuple):
+    """What lies where a run would write: is it that run's adapter, in words, and what to do where it is another's."""
+
+    done: bool
+    said: str
+    remedy: str = ""
+
+
+def what_is_there(folder: Path, stage: str, asked: dict[str, Any], restart: bool) -> There:
+    """What lies in a run's folder; an adapter of other settings than those `asked` is in its way unless `restart`."""
+    if not folder.is_dir():
+        return There(False, f"{folder} is not there yet")
+    others = made_otherwise(read_run(folder), stage, asked)
+    if not others:
+        return There(True, f"{folder} is there, trained with these settings: nothing to do")
+    if restart:
+        return There(False, f"{folder} is there, with {others}, and is replaced")
+    remedy = "Give --restart true to replace it, or --outputs another folder."
+    return There(False, f"{folder} is there, with {others}", remedy)
+
+
+def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
+    """Make a stage's checkpoints folder ready; UserError if it holds an unfinished run of another identity."""
+    for checkpoint in folder.glob("checkpoint-*") if restart else ():
+        shutil.rmtree(checkpoint)
+    others = differing(read_json(folder / RUN), identity)
+    if others and last_whole_checkpoint(folder):
+        remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
+        raise UserError(f"{folder} holds an unfinished run with {others}", f"Run it with what it had, {remedy}")
+    write_json(folder / RUN, identity)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there as they were written; broken newer ones are removed."""
+    by_step = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(by_step):
+        if is_sealed(checkpoint):
+            return checkpoint
+        if RANK == 0:
+            print(f"{checkpoint} is not whole and is removed", file=sys.stderr, flush=True)
+            shutil.rmtree(checkpoint)
+    return None
 
 
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
@@ -74,8 +135,8 @@ def of_another_stage(folder: Path, arm: str) -> str:
     """Why an adapter cannot be what its arm's name says, by the stage that trained it; "" if it can."""
     named = "sft" if arm == "sft" or arm.startswith("sft_") else arm
     stage = read_run(folder).get("stage")
-    contrary = (named, stage) in (("sft", "dpo"), ("dpo", "sft"))
-    return f"{folder} is an adapter of {stage}, given as the arm {arm}" if contrary else ""
+    contrary = {"sft": ["dpo"], "dpo": ["sft", "sft_more"]}.get(named, []) + (["sft_more"] if arm == "sft" else [])
+    return f"{folder} is an adapter of {stage}, given as the arm {arm}" if stage in contrary else ""
 
 
 def notes_of(run: dict[str, Any]) -> list[str]:
@@ -85,14 +146,27 @@ def notes_of(run: dict[str, Any]) -> list[str]:
     return [f"{kind}: {printable(str(text))}" for kind, text in listed]
 
 
-def notes_on(test: Sequence[Pair], adapters: Adapters, bits: int) -> list[str]:
-    """What the predictions cannot show and their reader must know."""
-    notes = []
-    repeated = len(test) - len({pair.history for pair in test})
-    if repeated > 0.01 * len(test):
-        shared = f"{repeated:,} of {len(test):,} test pairs share their history with another"
-        notes.append(f"{shared}: intervals take each for a user of its own")
-    return notes + notes_on_rows_seen(adapters) + notes_on_training(adapters, bits)
+def notes_on(adapters: Adapters, bits: int) -> list[str]:
+    """What the predictions cannot show of the adapters and their reader must know."""
+    return notes_on_rows_seen(adapters) + notes_on_training(adapters, bits)
+
+
+class Lineage(NamedTuple):
+    """Where a run comes from: the arm that DPO is referred to and its beta ("" and None for SFT), and the pairs that it
+    has seen in training, those of its start included (None where that is not known)."""
+
+    reference: str
+    beta: float | None
+    pairs_seen: int | None
+
+
+def lineage(folder: Path) -> Lineage:
+    """Where the adapter in a folder comes from, by its run.json."""
+    run = read_run(folder)
+    settings, seen = settings_of(run), rows_seen(folder) or None
+    if run.get("stage") != "dpo" or not isinstance(settings.get("beta"), int | float):
+        return Lineage("", None, seen)
+    return Lineage("sft" if run.get("initial_adapter") else "base", float(settings["beta"]), seen)
 
 
 def notes_on_rows_seen(adapters: Adapters) -> list[str]:
@@ -111,8 +185,10 @@ def notes_on_rows_seen(adapters: Adapters) -> list[str]:
 
 
 def rows_seen(folder: Path) -> int:
-    """Pairs seen by an adapter in all its training, with those of the SFT adapter that it began with; 0 if unknown."""
+    """Pairs seen by an adapter in all its training, with those of the adapter that it began with; 0 if unknown."""
     run = read_run(folder)
+    if isinstance(run.get("pairs_seen"), int):
+        return run["pairs_seen"]
     runs = [run, read_run(Path(str(run["initial_adapter"])))] if run.get("initial_adapter") else [run]
     seen = [run.get("rows_seen") for run in runs]
     return sum(seen) if all(isinstance(rows, int) for rows in seen) else 0
@@ -123,7 +199,7 @@ def notes_on_training(adapters: Adapters, bits: int) -> list[str]:
     notes = []
     for arm, folders in adapters.items():
         runs = [read_run(folder) for folder in folders.values()]
-        known = [run for run in runs if settings_of(run) and run.get("stage") in ("sft", "dpo")]
+        known = [run for run in runs if settings_of(run) and run.get("stage") in tuple(OF_OTHER_STAGE)]
         decisive = [trained_settings(run["stage"], settings_of(run)) for run in known]
         others = sorted({name for one in decisive for name in one if one[name] != decisive[0].get(name)} - {"seed"})
         if others:
@@ -136,6 +212,26 @@ def notes_on_training(adapters: Adapters, bits: int) -> list[str]:
         if arm == "dpo" and beside and not starts <= beside:
             notes.append("dpo began with another SFT adapter than the arm sft")
     return notes
+
+
+def changed_since(run: dict[str, Any]) -> list[str]:
+    """Adapters of an evaluation's run.json that are gone, or are not what was evaluated, each in words."""
+    evaluated = run.get("adapters_sha256")
+    told = []
+    for folder, sha256 in evaluated.items() if isinstance(evaluated, dict) else ():
+        weights = Path(folder) / WEIGHTS
+        if not weights.is_file():
+            told.append(f"{printable(folder)} was evaluated and is gone")
+        elif file_sha256(weights) != sha256:
+            told.append(f"{printable(folder)} holds other weights than those that were evaluated")
+    return told
+
+
+def learning_rate(run: dict[str, Any]) -> float | None:
+    """The peak learning rate of a training run."""
+    settings, stage = settings_of(run), run.get("stage")
+    of_control = settings.get("control_learning_rate") if stage == "sft_more" else None
+    return settings.get("learning_rate") if stage == "dpo" else of_control or settings.get("sft_learning_rate")
 
 
 def training_runs(results: Path) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,8 @@ def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
         letters = [tokenizer.decode([text[parting]]).strip() for text in both]
         stem = len(tokenizer(row["prompt"] + STEM)["input_ids"])
         if parting != stem or letters != [order, other_letter(order)]:
-            problem = f"the tokenizer cuts 'Option A' into {letters} and not into a letter of its own"
+            first = " and ".join(repr(letter[:20]) for letter in letters)
+            problem = f"the tokenizer makes {first} where the options' letters stand, and not ' A' and ' B'"
             raise UserError(problem, "Use a base model whose tokenizer has ' A' and ' B' as tokens.")
         texts += [text[: parting + 1] if decision_only else text for text in both]
         starts += [parting, parting]
@@ -52,6 +53,9 @@ def check_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int
     """
     longest = 0
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    if prompts[0][-1] == tokenizer.eos_token_id:
+        remedy = "Take add_eos_token, or the token in its post_processor, out of its files."
+        raise UserError("this tokenizer adds its end-of-text token to every text by itself", remedy)
     for response in ("chosen", "rejected"):
         texts = tokenizer([row["prompt"] + row[response] for row in rows])["input_ids"]
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):

@@ -123,7 +123,7 @@ def flags(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> list[str]:
 
 @pytest.fixture
 def training_flags(flags: list[str]) -> list[str]:
-    steps = ["--max_steps", "3", "--eval_steps", "1", "--validation_pairs", "4"]
+    steps = ["--max_steps", "3", "--eval_steps", "1", "--validation_pairs", "4", "--control", "false"]
     return [*flags, *steps, "--batch_size", "2", "--effective_batch", "4"]
 
 
@@ -140,7 +140,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
     ]
     steps = [
         *("--max_steps", "3", "--batch_size", "2", "--effective_batch", "4"),
-        *("--validation_pairs", "0", "--learning_rate", "0.05"),
+        *("--validation_pairs", "0", "--learning_rate", "0.05", "--control", "false"),
     ]
     train_dpo.main([*flags, *steps])
     return [*flags, *steps], flags, folder / "outputs"

@@ -86,6 +86,17 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
             parse_settings(TrainingSettings, [str(path)])
 
 
+def test_a_settings_file_may_stand_anywhere_and_serve_both_scripts(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: small\nbeta: 0.5\nresamples: 20\n")
+    assert parse_settings(EvaluationSettings, [str(path)]).resamples == 20
+    for flags in (["--seed", "1", str(path)], ["--check", str(path)], [str(path), "--seed=1"]):
+        assert parse_settings(TrainingSettings, flags).beta == 0.5
+    assert parse_settings(TrainingSettings, ["--beta", "0.2", str(path)]).beta == 0.2, "a flag overrides the file"
+    found = parse_settings(TrainingSettings, ["--preset", "small", "--outputs", "a.json"])
+    assert found.outputs == "a.json", "what follows a flag is its value"
+
+
 KINDS = (TrainingSettings, EvaluationSettings)
 flags_of_both = st.sampled_from([f"--{name}" for kind in KINDS for name in kind.__dataclass_fields__])
 odd_numbers = ["-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e999", "4"]
@@ -230,6 +241,25 @@ def test_help_and_errors_on_the_command_line(script, tmp_path):
     assert wrong.returncode == 2
     assert said.startswith("error: ") and "Traceback" not in said
     assert len(said.splitlines()) == 2
+
+
+def test_special_tokens_outside_of_the_embeddings_are_refused(flags, tiny_model, tmp_path):
+    """Padding would be read from beyond them."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, tmp_path / "padded")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    with pytest.raises(UserError, match="has pad token 600 and .* the model embeddings of 600 tokens"):
+        train_dpo.main([*flags, "--base_model", str(tmp_path / "padded"), "--check"])
+
+
+def test_a_base_model_by_another_path_has_the_same_adapters(flags, tiny_model, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_model)
+    named = [config.adapter_folder(parse_settings(EvaluationSettings, [*flags, "--base_model", str(path)]), "dpo")
+             for path in (tiny_model, f"{tiny_model}/", tmp_path / "link")]  # fmt: skip
+    assert len(set(named)) == 1
 
 
 @pytest.mark.parametrize("script", [train_dpo, evaluate_dpo])

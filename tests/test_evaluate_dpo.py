@@ -2,23 +2,27 @@
 
 import copy
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import adapter_of, make_pairs
+from safetensors.torch import load_file, save_file
 
 import config
 import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings
-from data.adapters import original_name
+from data.bases import original_name
 from data.errors import UserError
 from data.figures import draw_all
-from data.files import write_json
+from data.files import file_sha256, write_json
 from data.measures import OF_ANSWERS, compute_metrics, wins
 from data.pairs import ORDERS, STEM, preference_row, preference_rows
+from data.runs import WEIGHTS
 from data.tokens import pair_tree
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -215,6 +219,53 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
     (adapter_of(flags, "sft") / "run.json").unlink()
     evaluate_dpo.main([*quick, "--fast", "true"])
     assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
+
+
+def test_a_broken_adapter_is_refused_whatever_is_allowed(mine, monkeypatch):
+    """It would be scored as the base model, or as half of itself."""
+    _, flags = mine
+    weights = adapter_of(flags) / WEIGHTS
+    whole = load_file(weights)
+    save_file({name: tensor for name, tensor in whole.items() if ".layers.0." in name}, weights)
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("before a model is loaded"))
+    for allow in ("true", "false"):
+        with pytest.raises(UserError, match="the weights of 7 layers are not those that adapter_config.json names"):
+            evaluate_dpo.main([*flags, "--allow_mismatch", allow])
+
+
+def test_an_adapter_that_peft_loads_otherwise_than_its_file_says_is_an_error(trained, monkeypatch):
+    settings = config.parse_settings(EvaluationSettings, trained[1])
+    model, _ = config.load_model(settings, torch.float32)
+    nothing = SimpleNamespace(missing_keys=[], unexpected_keys=[])
+    monkeypatch.setattr("peft.PeftModel.load_adapter", lambda *_, **__: nothing)  # which leaves the first values
+    with pytest.raises(RuntimeError, match="has other weights than its file"):
+        evaluate_dpo.load_adapter(model, "x", adapter_of(trained[1]))
+
+
+def test_a_model_that_is_scored_otherwise_beside_other_texts_is_refused(scorer, monkeypatch):
+    (model, tokenizer), [pair] = scorer, make_pairs(1)
+    evaluate_dpo.check_scores(model, tokenizer, pair, exact=True)
+    seen = evaluate_dpo.ancestor_mask
+    monkeypatch.setattr(evaluate_dpo, "ancestor_mask", lambda ends: seen(ends) | True)
+    with pytest.raises(UserError, match="cannot be scored: a token's log-probability differs by"):
+        evaluate_dpo.check_scores(model, tokenizer, pair, exact=True)
+
+
+def test_every_run_and_the_control_are_found(trained, tmp_path):
+    training, flags, outputs = trained
+    shutil.copytree(outputs, tmp_path / "outputs")
+    place = ["--outputs", str(tmp_path / "outputs")]
+    train_dpo.main([*training, *place, "--control", "true", "--seeds", "2"])
+    settings = config.parse_settings(EvaluationSettings, [*flags, *place])
+    adapters, mismatches = evaluate_dpo.find_adapters(settings, config.load_split(settings)[1])
+    assert {arm: [*seeds] for arm, seeds in adapters.items()} == {
+        arm: ["3407", "3408"] for arm in ("sft", "sft_more", "dpo")
+    }
+    assert mismatches == []
+    record = evaluate_dpo.run_record(settings, [], [], adapters, [], {})
+    assert set(record["adapters_sha256"].values()) == {
+        file_sha256(folder / WEIGHTS) for seeds in adapters.values() for folder in seeds.values()
+    }
 
 
 def test_one_arm_of_several_seeds(trained, tmp_path):

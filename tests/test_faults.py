@@ -21,6 +21,7 @@ from config import EvaluationSettings, TrainingSettings, parse_settings, preset_
 from data.errors import UserError
 from data.files import seal
 from data.predictions import read_predictions
+from data.runs import last_whole_checkpoint
 
 # ------------------------------------------------------------------------------------------- disk and memory
 
@@ -43,7 +44,8 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(training_flags):
     train_dpo.main([*training_flags, "--stage", "sft"])
     folder = config.adapter_folder(parse_settings(TrainingSettings, training_flags), "sft")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    flags = [*training_flags, "--stage", "sft", "--save_steps", "1"]
+    other = ["--seed", "2", "--restart", "true"]
+    flags = [*training_flags, "--stage", "sft", "--save_steps", "1", *other]
     command = [sys.executable, "-c", LITTLE_DISK, "190000", *flags]
     run = subprocess.run(command, capture_output=True, text=True, cwd=config.ROOT)
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
@@ -58,6 +60,7 @@ def test_a_disk_that_fills_up_in_the_final_save_leaves_the_earlier_adapter(train
     train_dpo.main(flags)
     folder = config.adapter_folder(parse_settings(TrainingSettings, flags), "sft")
     before = (folder / "run.json").read_bytes()
+    flags = [*flags, "--seed", "2", "--restart", "true"]
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -67,7 +70,7 @@ def test_a_disk_that_fills_up_in_the_final_save_leaves_the_earlier_adapter(train
         assert "the disk is full" in error_of(lambda: train_dpo.main(flags), capsys)
     assert (folder / "run.json").read_bytes() == before
     assert not list(folder.parent.glob(f".{folder.name}.*"))
-    train_dpo.main(flags)
+    train_dpo.main([*flags, "--restart", "true"])
     run = json.loads((folder / "run.json").read_text())
     assert (run["resumed_from_step"], run["steps"]) == (3, 3), "with space again nothing is trained, only saved"
 
@@ -101,7 +104,7 @@ def sft_flags(training_flags) -> list[str]:
 
 
 def checkpoint_after(flags: list[str], stage: str = "sft") -> Path | None:
-    return train_dpo.last_whole_checkpoint(config.checkpoints_folder(parse_settings(TrainingSettings, flags), stage))
+    return last_whole_checkpoint(config.checkpoints_folder(parse_settings(TrainingSettings, flags), stage))
 
 
 def bad_gradient(step, bad=math.nan, seen=None):

@@ -14,8 +14,8 @@ from config import ROOT
 MODULES = [f"data.{module.name}" for module in pkgutil.iter_modules(data.__path__)]
 SCRIPTS = ("train_dpo", "evaluate_dpo")
 ORDER = (  # a module imports from those before it alone
-    *("errors", "files", "machine", "pairs", "build_pairs", "trees", "tokens", "baselines", "runs", "adapters"),
-    *("bases", "predictions", "measures", "verdict", "report", "figures", "display"),
+    *("errors", "files", "machine", "pairs", "build_pairs", "trees", "tokens", "baselines", "bases", "runs"),
+    *("adapters", "predictions", "measures", "verdict", "report", "figures", "display"),
 )
 
 

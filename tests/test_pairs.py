@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import FUZZ_TIMES, REAL_PAIRS, make_pairs
@@ -25,6 +26,7 @@ from data.pairs import (
     preference_rows,
     read_split,
     split_pairs,
+    warnings_on,
     with_strangers,
     write_pairs,
 )
@@ -311,3 +313,59 @@ def test_the_real_pairs_are_read_split_and_shown():
         row = json.loads(text)
         assert preference_row(pair, "A")["chosen"] == row["output"]
         assert f"### Input:\n{row['input']}\n\n" in preference_row(pair, "A")["prompt"]
+
+
+# ------------------------------------------------------------------------------ users, and what is told of pairs
+
+
+def windows(users: int, of_each: int, named: bool) -> list[Pair]:
+    """Sliding windows over each user's films: five as the history, the next one preferred."""
+    pairs = []
+    for user in range(users):
+        films = [f"Film {user} {k} (1990)" for k in range(of_each + 5)]
+        for k in range(of_each):
+            preferred, other = Movie(films[k + 5], ("Drama",)), Movie(f"Other {k} (1991)", ("War",))
+            pairs.append(Pair(tuple(films[k : k + 5]), preferred, other, "AB"[k % 2], str(user) if named else ""))
+    return pairs
+
+
+def test_the_split_follows_the_users_that_a_file_names(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", windows(20, 6, named=True))
+    pairs = load_pairs(tmp_path / "pairs.jsonl")
+    assert pairs == windows(20, 6, named=True) and len({pair.user_id for pair in pairs}) == 20
+    train, test = split_pairs(pairs, 0.2)
+    assert len(test) == 24 and not {pair.user for pair in train} & {pair.user for pair in test}
+    assert warnings_on(train, test) == []
+    assert [pair.pair_id for pair in windows(2, 2, True)] == [pair.pair_id for pair in windows(2, 2, False)]
+
+
+@pytest.mark.parametrize("user", [None, 1.5, ["x"], True, "\u001b[2J"])
+def test_a_user_is_a_text_or_a_whole_number(tmp_path, user):
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(1))
+    line = json.loads((tmp_path / "pairs.jsonl").read_text())
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"user_id": user}))
+    with pytest.raises(PairsError, match="'user_id' is neither a text nor a whole number"):
+        load_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"user_id": 0}))
+    assert load_pairs(tmp_path / "pairs.jsonl")[0].user == "0"
+
+
+def test_windows_of_one_user_on_both_sides_of_the_split_are_told_as_a_leak():
+    train, test = split_pairs(windows(20, 6, named=False), 0.2)
+    [told] = warnings_on(train, test)
+    assert told.startswith("24 of 24 test pairs share four films in a row with a training pair")
+    assert "give each line its user_id" in told
+
+
+def test_a_preferred_film_in_its_history_and_contrary_twins_are_told():
+    pairs = make_pairs(10)
+    seen = replace(pairs[0], preferred=Movie(pairs[0].history[2], ("Drama",)))
+    assert warnings_on([*pairs[1:], seen], []) == ["1 of 10 pairs prefer a film that stands in their own history"]
+    twin = replace(pairs[3], preferred=pairs[3].other, other=pairs[3].preferred)
+    told = ["2 pairs have a twin that prefers the other film after the same history"]
+    assert warnings_on([*pairs, twin], []) == told
+
+
+@real
+def test_of_the_real_pairs_nothing_is_told():
+    assert warnings_on(*split_pairs(load_pairs(REAL_PAIRS), 0.2)) == []

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import adapter_of, make_pairs
+from conftest import adapter_of
 
 import config
 import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings
-from data.files import write_json
+from data.files import file_sha256, write_json
 from data.runs import (
+    WEIGHTS,
+    changed_since,
+    learning_rate,
+    lineage,
     made_otherwise,
     model_of,
     notes_on,
@@ -20,6 +24,8 @@ from data.runs import (
     of_another_stage,
     read_run,
     rows_seen,
+    trained_on,
+    trained_settings,
 )
 
 
@@ -40,17 +46,36 @@ def test_the_model_named_beside_predictions_cannot_steer_the_terminal(tmp_path):
 
 
 def test_an_adapter_of_other_settings_is_not_passed_off_as_this_one():
-    asked = vars(TrainingSettings(beta=0.5, sft_epochs=4.0, outputs="elsewhere"))
-    run = {"settings": vars(TrainingSettings()) | {"push_to_hub": "films"}}  # which an earlier version had
-    assert made_otherwise(run, "dpo", asked) == "beta 0.1, not 0.5"
-    assert made_otherwise(run, "sft", asked) == "sft_epochs 1.0, not 4.0"
-    del run["settings"]["beta"]
-    assert made_otherwise(run, "dpo", asked) == "", "a setting newer than the run is no difference"
-    for unknown in ({}, {"settings": None}, {"settings": []}):
-        assert made_otherwise(unknown, "dpo", asked) == ""
+    def asked(stage: str, pairs: str = "pairs", start: str | None = "start") -> dict:
+        settings = TrainingSettings(beta=0.5, sft_epochs=4.0, control_learning_rate=1e-3, outputs="elsewhere")
+        return trained_settings(stage, vars(settings)) | trained_on(pairs, start)
+
+    settings = vars(TrainingSettings()) | {"push_to_hub": "films"}  # which an earlier version had
+    run = {"settings": settings, "data": {"pairs_sha256": "pairs"}, "initial_adapter_sha256": "start"}
+    of = {stage: run | {"stage": stage} for stage in ("sft", "sft_more", "dpo")}
+    assert made_otherwise(of["dpo"], "dpo", asked("dpo")) == "beta 0.1, not 0.5"
+    assert made_otherwise(of["sft"], "sft", asked("sft")) == "sft_epochs 1.0, not 4.0"
+    assert made_otherwise(of["sft_more"], "sft_more", asked("sft_more")) == "control_learning_rate None, not 0.001"
+    assert "sha256 of the pairs 'pairs', not 'others'" in made_otherwise(of["dpo"], "dpo", asked("dpo", "others"))
+    found = made_otherwise(of["dpo"], "dpo", asked("dpo", start="another"))
+    assert "sha256 of the adapter that it starts from 'start', not 'another'" in found
+    del settings["beta"]
+    assert made_otherwise(of["dpo"], "dpo", asked("dpo")) == "", "a setting newer than the run is no difference"
+    for unknown in ({}, {"settings": None}, {"settings": []}, of["sft"]):
+        assert made_otherwise(unknown, "dpo", asked("dpo")) == "no run.json of dpo"
 
 
-@pytest.mark.parametrize(("arm", "stage"), [("sft", "dpo"), ("sft_long", "dpo"), ("dpo", "sft")])
+def test_where_a_run_comes_from_is_read_from_it(tmp_path):
+    assert lineage(tmp_path) == ("", None, None)
+    sft = run_in(tmp_path / "sft", stage="sft", rows_seen=100, pairs_seen=100, settings={"beta": 0.1})
+    assert lineage(sft) == ("", None, 100)
+    run = {"stage": "dpo", "settings": {"beta": 0.1}, "rows_seen": 50}
+    assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=str(sft))) == ("sft", 0.1, 150)
+    assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=None)) == ("base", 0.1, 50)
+    assert lineage(run_in(tmp_path / "dpo", **run | {"settings": {"beta": "much"}})) == ("", None, 50)
+
+
+@pytest.mark.parametrize(("arm", "stage"), [("sft", "dpo"), ("sft_long", "dpo"), ("dpo", "sft"), ("dpo", "sft_more")])
 def test_an_adapter_of_another_stage_than_its_arms_name_is_told(tmp_path, arm, stage):
     told = f"{tmp_path} is an adapter of {stage}, given as the arm {arm}"
     assert of_another_stage(run_in(tmp_path, stage=stage), arm) == told
@@ -59,26 +84,42 @@ def test_an_adapter_of_another_stage_than_its_arms_name_is_told(tmp_path, arm, s
     assert of_another_stage(run_in(tmp_path, stage=["dpo"]), arm) == "", "somebody's run.json may say anything"
 
 
-def test_unequal_training_and_repeated_histories_are_noted(tmp_path):
+def test_unequal_training_is_noted(tmp_path):
     for name, seen, start in (("sft", 100, None), ("dpo", 50, "sft"), ("sft_long", 150, None)):
         run_in(tmp_path / name, rows_seen=seen, initial_adapter=str(tmp_path / start) if start else None)
     adapters = {name: {"1": tmp_path / name} for name in ("sft", "dpo", "sft_long")}
-    pairs = make_pairs(30)
-    assert rows_seen(tmp_path / "dpo") == 150 and notes_on(pairs, adapters, 4) == []
+    assert rows_seen(tmp_path / "dpo") == 150 and notes_on(adapters, 4) == []
     del adapters["sft_long"]
-    [note] = notes_on(pairs, adapters, 4)
+    [note] = notes_on(adapters, 4)
     assert "dpo has seen 150 pairs" in note and "sft 100" in note
     adapters["sft_long"] = {"1": tmp_path / "sft"}
-    [note] = notes_on(pairs, adapters, 4)
+    [note] = notes_on(adapters, 4)
     assert "sft 100 and sft_long 100" in note, "an arm is longer SFT by what it has seen, not by its name"
     adapters["sft_long"] = {"1": run_in(tmp_path / "more", rows_seen=400)}
-    [note] = notes_on(pairs, adapters, 4)
+    [note] = notes_on(adapters, 4)
     assert note.startswith("sft_long has seen 400 pairs in training, more than dpo")
     assert notes_on_rows_seen(adapters) == [note]
     del adapters["sft_long"]
     (tmp_path / "sft" / "run.json").write_text("no JSON")
-    assert notes_on(pairs, adapters, 4) == [], "what is not known is not compared"
-    assert "10 of 40 test pairs share their history" in notes_on([*pairs, *pairs[:10]], {}, 4)[0]
+    assert notes_on(adapters, 4) == [], "what is not known is not compared"
+
+
+def test_adapters_that_are_not_those_of_the_evaluation_are_told(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / WEIGHTS).write_bytes(b"evaluated")
+    run = {"adapters_sha256": {str(tmp_path / "x"): file_sha256(tmp_path / "x" / WEIGHTS), str(tmp_path / "y"): "0"}}
+    gone = f"{tmp_path / 'y'} was evaluated and is gone"
+    assert changed_since(run) == [gone]
+    (tmp_path / "x" / WEIGHTS).write_bytes(b"trained again")
+    assert changed_since(run) == [f"{tmp_path / 'x'} holds other weights than those that were evaluated", gone]
+    assert changed_since({}) == changed_since({"adapters_sha256": ["x"]}) == []
+
+
+def test_the_learning_rate_of_a_run_is_its_stages():
+    settings = {"sft_learning_rate": 2e-4, "learning_rate": 5e-5, "control_learning_rate": None}
+    rates = [learning_rate({"stage": stage, "settings": settings}) for stage in ("sft", "sft_more", "dpo")]
+    assert rates == [2e-4, 2e-4, 5e-5]
+    assert learning_rate({"stage": "sft_more", "settings": settings | {"control_learning_rate": 1e-4}}) == 1e-4
 
 
 def test_training_runs_of_an_arm_that_are_not_alike_are_noted(trained, tmp_path):
@@ -99,14 +140,18 @@ def test_what_dpo_began_with_is_noted(mine):
     adapters = {"sft": {"1": sft}, "dpo": {"1": dpo}}
     assert notes_on_training(adapters, 4) == []
     told = [note.partition(" was trained on weights in 4 bits")[0] for note in notes_on_training(adapters, 16)]
-    assert told == ["sft", "dpo"] and notes_on(make_pairs(30), adapters, 16)[-2:] == notes_on_training(adapters, 16)
+    assert told == ["sft", "dpo"] and notes_on(adapters, 16)[-2:] == notes_on_training(adapters, 16)
     (sft / "run.json").unlink()
-    train_dpo.main([*training, "--stage", "dpo", "--sft_adapter", str(sft)])
+    elsewhere = [*training, "--outputs", str(sft.parent / "again")]
+    train_dpo.main([*elsewhere, "--stage", "dpo", "--sft_adapter", str(sft)])
+    dpo = sft.parent / "again" / dpo.name
+    flags = [*flags, "--adapters", f"dpo={dpo}"]
+    adapters["dpo"] = {"1": dpo}
     settings = config.parse_settings(EvaluationSettings, flags)
     _, test = config.load_split(settings)
     _, mismatches = evaluate_dpo.find_adapters(settings, test)
     assert len(mismatches) == 2 and "dpo_4bit_final began with an adapter without run.json" in mismatches[1]
     assert json.loads((dpo / "run.json").read_text())["initial_adapter_known"] is False
-    train_dpo.main([*training, "--stage", "sft", "--seed", "8"])
+    train_dpo.main([*training, "--stage", "sft", "--seed", "8", "--restart", "true"])
     assert notes_on_training(adapters, 4) == ["dpo began with another SFT adapter than the arm sft"]
     assert notes_on_training({"dpo": {"1": dpo}}, 4) == []

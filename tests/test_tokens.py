@@ -50,12 +50,24 @@ def test_a_tokenizer_that_merges_prompt_and_response_is_refused(rows):
         check_tokens(rows, Pieces(r"\nThe|."), 10_000)
 
 
+def test_a_tokenizer_that_adds_its_end_of_text_by_itself_is_refused(rows):
+    """Prompts would end in it, and SFT would learn to write after the end."""
+
+    class Ending(Pieces):
+        def __call__(self, text: str | list[str]) -> dict[str, list]:
+            found = super().__call__(text)
+            return found if isinstance(text, list) else {"input_ids": [*found["input_ids"], self.eos_token_id]}
+
+    with pytest.raises(UserError, match="this tokenizer adds its end-of-text token to every text by itself"):
+        check_tokens(rows, Ending(LETTERS), 10_000)
+
+
 def test_a_tokenizer_in_which_the_options_letter_is_no_token_is_refused():
     [pair] = make_pairs(1)
     assert len(pair_tree(pair, Pieces(r" \w+|.")).paths) == 2
-    with pytest.raises(UserError, match="cuts 'Option A' into .*'Option A', 'Option B'"):
+    with pytest.raises(UserError, match="makes 'Option A' and 'Option B' where the options' letters stand"):
         pair_tree(pair, Pieces(r"Option \w|."))
-    with pytest.raises(UserError, match="cuts 'Option A' into .*'A', 'B'"):  # after a space of its own
+    with pytest.raises(UserError, match="makes 'A' and 'B' where the options' letters"):  # after a space of its own
         pair_tree(pair, Pieces(LETTERS))
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from data.errors import UserError
 from data.files import SEAL, file_sha256, only_run_in
 from data.pairs import hold_back, ids_digest, load_pairs, preference_rows, split_pairs, write_pairs
 from data.report import CARD_MARK
-from data.runs import RUN, WEIGHTS
+from data.runs import RUN, WEIGHTS, last_whole_checkpoint
 from data.tokens import pair_tree
 
 
@@ -93,14 +94,83 @@ def test_a_finished_run_leaves_whole_adapters_and_their_story(training_flags, pa
     card = (folder / "README.md").read_text()
     assert CARD_MARK in card and "Not evaluated" in card and str(folder.parent) not in card
 
-    before = (folder_of(training_flags, "sft") / RUN).stat().st_mtime_ns
-    capsys.readouterr()
-    train_dpo.main([*training_flags, "--beta", "0.2"])
+
+
+def test_what_is_there_with_the_same_settings_is_not_trained_again(mine, monkeypatch, capsys):
+    flags, _ = mine
+    monkeypatch.setattr(train_dpo, "train_stage", lambda *_: pytest.fail("it was trained again"))
+    train_dpo.main([*flags, "--batch_size", "1", "--restart", "true"])
     said = capsys.readouterr().out
-    assert "is there and is not trained again" in said and "it was trained with" not in said
-    train_dpo.main([*training_flags, "--sft_learning_rate", "0.1"])
-    assert "; it was trained with sft_learning_rate 0.001, not 0.1" in capsys.readouterr().out
-    assert (folder_of(training_flags, "sft") / RUN).stat().st_mtime_ns == before
+    for stage in ("sft", "dpo"):
+        assert f"{stage}: {folder_of(flags, stage)} is there, trained with these settings: nothing to do" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--beta", "0.2"], "dpo: .*_dpo_4bit_final is there, with beta 0.1, not 0.2"),
+        (["--sft_learning_rate", "0.1"], "sft: .*_sft_4bit_final is there, with sft_learning_rate 0.001, not 0.1"),
+        (["--stage", "dpo", "--init", "base"], "with init 'sft', not 'base'"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_not_trained_over(mine, changed, named, monkeypatch, capsys):
+    """The evaluation beside it would go on describing the adapter that is gone."""
+    flags = [*mine[0], *changed]
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("before a model is loaded"))
+    with pytest.raises(UserError, match=named + ".*\nGive --restart true to replace it, or --outputs another folder"):
+        train_dpo.main(flags)
+    with pytest.raises(SystemExit):
+        train_dpo.main([*flags, "--check"])
+    assert "!!" in capsys.readouterr().out
+    train_dpo.main([*flags, "--check", "--restart", "true"])
+    assert "and is replaced" in capsys.readouterr().out
+
+
+def test_restart_replaces_what_was_trained_otherwise_and_what_came_of_it(mine):
+    flags, _ = mine
+    before = weights_of(flags, "dpo")
+    changed = [*flags, "--sft_learning_rate", "0.01", "--restart", "true"]
+    train_dpo.main(changed)
+    assert run_of(flags, "sft")["settings"]["sft_learning_rate"] == 0.01
+    assert run_of(flags, "dpo")["initial_adapter_sha256"] == file_sha256(folder_of(flags, "sft") / WEIGHTS)
+    assert not all(torch.equal(weight, before[name]) for name, weight in weights_of(flags, "dpo").items())
+
+
+def test_the_control_goes_on_from_sft_for_as_many_steps_and_pairs_as_dpo(training_flags, monkeypatch):
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    flags = [*training_flags, "--max_steps", "-1", "--epochs", "2", "--control", "true", "--max_pairs", "10"]
+    train_dpo.main([*flags, "--control_learning_rate", "0.01"])
+    sft, more, dpo = (run_of(flags, stage) for stage in ("sft", "sft_more", "dpo"))
+    assert more["initial_adapter_sha256"] == dpo["initial_adapter_sha256"] is not None
+    assert (more["steps"], more["rows_seen"]) == (dpo["steps"], dpo["rows_seen"]) == (6, 20)
+    assert (sft["pairs_seen"], more["pairs_seen"], dpo["pairs_seen"]) == (10, 30, 30)
+    assert more["first_loss"] < sft["first_loss"], "it begins where SFT ended"
+    assert max(entry.get("learning_rate", 0) for entry in more["log_history"]) == pytest.approx(0.01)
+    assert more["data"] == sft["data"]
+
+
+def test_each_further_run_has_its_seed_in_a_folder_of_its_own(training_flags, tmp_path):
+    flags = [*training_flags, "--control", "true", "--seeds", "2"]
+    planned = train_dpo.planned_runs(settings_of(flags))
+    names = [str(run.folder.relative_to(tmp_path / "outputs")) for run in planned]
+    stem = folder_of(flags, "sft").name.partition("_sft_")[0]
+    first = [f"{stem}_{stage}_4bit_final" for stage in ("sft", "sft_more", "dpo")]
+    assert names == first + [f"seed3408/{name}" for name in first]
+    assert [run.settings.seed for run in planned] == [3407] * 3 + [3408] * 3
+    assert planned[4].start == planned[5].start == planned[3].folder
+    assert [run.stage for run in train_dpo.planned_runs(settings_of([*flags, "--sft_adapter", "mine"]))] == [
+        *("sft_more", "dpo", "sft_more", "dpo")
+    ]
+    train_dpo.main([*training_flags, "--seeds", "2", "--stage", "sft"])
+    alone = [*training_flags, "--seed", "3408", "--stage", "sft", "--outputs", str(tmp_path / "alone")]
+    train_dpo.main(alone)
+    found = load_file(tmp_path / "outputs" / "seed3408" / first[0] / WEIGHTS)
+    assert all(torch.equal(found[name], weight) for name, weight in weights_of(alone, "sft").items())
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(0, 0), (1, 4), (2, 8), (3, 10), (4, 14), (6, 20)])
+def test_the_last_step_of_a_pass_sees_what_is_left_of_the_pairs(steps, seen):
+    assert train_dpo.pairs_seen(steps, rows=10, batch=4) == seen
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(training_flags, tmp_path):
@@ -135,7 +205,9 @@ UNWORKABLE = {  # flags: what is said
     "--pairs nowhere.jsonl": "no pairs file nowhere.jsonl",
     "--base_model nowhere": "cannot load the base model nowhere",
     "--optim adamw": "trainer: adamw is not a valid OptimizerNames",
-    "--lr_scheduler cosine_with_min_lr": "trainer: One of min_lr or .*\nGive another --optim or --lr_scheduler",
+    "--lr_scheduler cosine_with_min_lr": "trainer: One of min_lr or .*\nGive another --optim, --lr_scheduler or --w",
+    "--lr_scheduler polynomial --warmup_steps 3": "trainer: division by zero\nGive another --optim",
+    "--optim galore_adamw": "trainer: You need to install `galore_torch`",
     "--report_to wandb": "trainer: .*\nInstall wandb, or give --report_to none",
 }
 
@@ -180,7 +252,7 @@ def test_dpo_starts_from_plain_lora_alone(training_flags):
     (folder / "adapter_config.json").write_text(json.dumps(lora))
     output_layer = {"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 64)}
     save_file(load_file(folder / WEIGHTS) | output_layer, folder / WEIGHTS)
-    with pytest.raises(UserError, match="an adapter with lm_head"):
+    with pytest.raises(UserError, match="base_model.model.lm_head.lora_A.weight has the shape"):
         train_dpo.main([*training_flags, "--stage", "dpo"])
 
 
@@ -339,15 +411,17 @@ def test_a_wrong_reference_stops_the_run(training_flags, monkeypatch):
         train_dpo.main([*training_flags, "--stage", "dpo", "--trainer", "stock"])
     assert not folder_of(training_flags, "dpo").exists()
 
-    train_dpo.main([*training_flags, "--stage", "dpo"])
+    dpo = [*training_flags, "--stage", "dpo"]
+    train_dpo.main(dpo)
     [file] = Path(settings_of(training_flags).outputs).glob("*_reference/*.json")
     wrong = {key: [value - 5 for value in values] for key, values in json.loads(file.read_text()).items()}
     file.write_text(json.dumps(wrong))
     problem = "is not the policy that training starts from: they differ by 5.* nats.*\nDelete the file"
+    shutil.rmtree(folder_of(dpo, "dpo"))
     with pytest.raises(UserError, match=problem):
-        train_dpo.main([*training_flags, "--stage", "dpo"])
+        train_dpo.main(dpo)
     file.write_text("cut sho")
-    train_dpo.main([*training_flags, "--stage", "dpo"])
+    train_dpo.main(dpo)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -451,7 +525,8 @@ def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, 
     assert len(set(lengths)) > 1, "the batch is padded"
     for loss_type in get_args(config.LossType):
         for trainer in (stock, shared):
-            trainer.loss_types = [loss_type]
+            trainer.loss_types = loss_type.split("+")
+            trainer.loss_weights = [1.0, 0.5][: len(trainer.loss_types)]
         for part in (slice(0, 4), slice(4, 5)):
             one, logs, wanted = loss_and_gradients(stock, rows[0][part])
             other, found_logs, found = loss_and_gradients(shared, rows[1][part])
@@ -460,6 +535,14 @@ def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, 
             assert wanted.keys() == found.keys()
             for name, gradient in wanted.items():
                 assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max()), (loss_type, name)
+
+
+def test_dpo_with_an_sft_term_is_trls(training_flags):
+    settings = settings_of([*training_flags, "--loss_type", "sigmoid+sft", "--sft_weight", "0.5"])
+    made = train_dpo.trainer_arguments("dpo", settings, 2)
+    assert (made.loss_type, made.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+    plain = train_dpo.trainer_arguments("dpo", settings_of(training_flags), 2)
+    assert (plain.loss_type, plain.loss_weights) == (["sigmoid"], [1.0])
 
 
 def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch):
@@ -483,10 +566,10 @@ def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_fl
     monkeypatch.setattr(train_dpo, "reference_log_probs", counted)
     flags = [*training_flags, "--option_order", "both"]
     train_dpo.main([*flags, "--init", "base"])
-    others = ["--beta", "0.5", "--learning_rate", "0.1", "--seed", "2"]
+    others = ["--beta", "0.5", "--learning_rate", "0.1", "--seed", "2", "--restart", "true"]
     train_dpo.main([*flags, "--init", "base", "--stage", "dpo", *others])
     assert asked[0] > 0 and asked[1] > 0 and asked[2:] == [0, 0], "other beta, rate and seed find them there"
-    train_dpo.main([*flags, "--init", "sft", "--stage", "dpo"])
+    train_dpo.main([*flags, "--init", "sft", "--stage", "dpo", "--restart", "true"])
     assert asked[4:] == asked[:2], "another reference"
 
 
@@ -713,6 +796,7 @@ def test_in_4_bits_a_resumed_adapter_is_the_undisturbed_one_in_float32(long_flag
     flags = [*long_flags, "--stage", "dpo", "--init", init]
     train_dpo.main(flags)
     undisturbed = weights_of(flags, "dpo")
+    shutil.rmtree(folder_of(flags, "dpo"))
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         stop_at(patched, 3)
         train_dpo.main(flags)
@@ -742,10 +826,10 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(unfinished, broken
     folder = checkpoints_of(unfinished, "sft")
     path = folder / "checkpoint-4" / broken
     path.write_bytes(path.read_bytes()[:-9])
-    assert train_dpo.last_whole_checkpoint(folder) == folder / "checkpoint-2"
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
     assert "checkpoint-4 is not whole and is removed" in capsys.readouterr().err
     (folder / "checkpoint-2" / broken).unlink()
-    assert train_dpo.last_whole_checkpoint(folder) is None
+    assert last_whole_checkpoint(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -764,7 +848,7 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(
     monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "copy").mkdir()
     copy = tmp_path / "copy" / tiny_model.name  # of the same name, and so with the same checkpoints folder
-    copy.symlink_to(tiny_model)
+    shutil.copytree(tiny_model, copy)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(Path(settings_of(unfinished).pairs).read_text().splitlines(keepends=True)[:-1]))
     changed = [{"COPY": str(copy), "FEWER": str(fewer)}.get(flag, flag) for flag in changed]
