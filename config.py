@@ -111,6 +111,7 @@ class Settings:
     seed: int = _setting(3407, "seed of everything random")
 
     def __post_init__(self) -> None:
+        self.base_model = self.base_model.rstrip("/") or self.base_model
         for name, value in vars(self).items():
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))

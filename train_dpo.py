@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -823,6 +824,8 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     there = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
     disk = shutil.disk_usage(there).free / 1e9
     remedy = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        remedy = f"{there} is no folder that you may write to: give --outputs another."
     checks.append(("disk", f"{disk:.1f} GB free for {settings.outputs}", remedy))
     answers = Counter(pair.order for pair in train + test)
     checks.append(("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""))
@@ -881,6 +884,8 @@ def starting_point(settings: TrainingSettings, folder: Path, base: Base, test_di
     """An adapter that is there to start from, and what to do where it does not fit this base model and split."""
     if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
+    if read_json(folder / RUN).get("stage") == "dpo":
+        return f"{folder} is an adapter of dpo", "Give --sft_adapter an adapter of SFT."
     if kind := unlike_plain_lora(folder, config.LORA_TARGETS):
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
         return f"{folder}, an adapter with {', '.join(kind)}", remedy

@@ -211,6 +211,8 @@ def warnings_on(train: Sequence[Pair], test: Sequence[Pair]) -> list[str]:
             f"{len(leaked):,} of {len(test):,} test pairs share four films in a row with a training pair: if they are "
             "windows of one user's history, training has seen what is tested; give each line its user_id"
         )
+    if 0 < (nameless := sum(not pair.user for pair in everything)) < len(everything):
+        found.append(f"{nameless:,} of {len(everything):,} pairs name no user, where others do")
     if already:
         found.append(f"{already:,} of {len(everything):,} pairs prefer a film that stands in their own history")
     if contrary:
@@ -244,7 +246,8 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
         raise UserError(error, "Mend these lines, or build the file anew with data/build_pairs.py.") from None
     train, test = split_pairs(pairs, test_share)
     if not train or not test:
-        raise UserError(f"{path} holds {len(pairs)} pair(s), too few to split", "Give a larger pairs file.")
+        few = f"{len(pairs)} pair(s) of {len({pair.user_id for pair in pairs})} user(s)"
+        raise UserError(f"{path} holds {few}, too few to split", "Give a larger pairs file.")
     return train, test
 
 

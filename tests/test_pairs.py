@@ -258,7 +258,7 @@ def test_a_missing_pairs_file_names_the_command_that_makes_it():
 
 def test_a_pairs_file_that_cannot_be_split_is_refused(tmp_path):
     write_pairs(tmp_path / "p.jsonl", make_pairs(2))
-    with pytest.raises(UserError, match="holds 2 pair.s., too few to split"):
+    with pytest.raises(UserError, match="holds 2 pair.s. of . user.s., too few to split"):
         read_split(str(tmp_path / "p.jsonl"), 0.2)
     with pytest.raises(UserError, match="cannot read the pairs file .*: Is a directory"):
         read_split(str(tmp_path), 0.2)
@@ -355,6 +355,11 @@ def test_windows_of_one_user_on_both_sides_of_the_split_are_told_as_a_leak():
     [told] = warnings_on(train, test)
     assert told.startswith("24 of 24 test pairs share four films in a row with a training pair")
     assert "give each line its user_id" in told
+
+
+def test_pairs_without_a_user_among_others_with_one_are_told():
+    pairs = [replace(pair, user="x" * (number < 4)) for number, pair in enumerate(make_pairs(10))]
+    assert warnings_on(pairs, []) == ["6 of 10 pairs name no user, where others do"]
 
 
 def test_a_preferred_film_in_its_history_and_contrary_twins_are_told():

@@ -220,6 +220,16 @@ def test_a_run_that_cannot_work_ends_before_the_model_is_loaded(training_flags, 
     assert not (tmp_path / "outputs").exists()
 
 
+def test_check_finds_outputs_that_are_a_file_and_a_start_that_is_no_sft(training_flags, mine, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    dpo = ["--stage", "dpo", "--sft_adapter", str(folder_of(mine[0], "dpo"))]
+    for extra, told in ((["--outputs", str(tmp_path / "file")], "file is no folder that you may write to"),
+                        (["--outputs", str(tmp_path / "new"), *dpo], "_final is an adapter of dpo")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            train_dpo.main([*mine[0], *extra, "--check"])
+        assert told in capsys.readouterr().out
+
+
 def test_broken_pairs_train_nothing(training_flags, pairs_file, tmp_path):
     write_pairs(pairs_file, make_pairs(3))
     with open(pairs_file, "a") as file:
