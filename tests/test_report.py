@@ -41,14 +41,14 @@ def study(trained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate_dpo, "plot_all", lambda *_: None)
         again = f"again={adapter_of(flags)}"
-        evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16", "--adapters", again])
+        evaluate_dpo.main([*flags, "--second_bits", "16", "--adapters", again])
     return flags, json.loads((folder / "outputs" / "evaluation" / "metrics.json").read_text())
 
 
 def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     rows = predictions_of(sft=np.tile([-1.0, 1.0], (40, 1)), sft_long=np.ones((40, 2)), dpo=np.ones((40, 2)))
     rows["response_margin"] = np.nan
-    metrics = judge(compute_metrics(rows, 50, 0))
+    metrics = judge(compute_metrics(rows))
     lines = table(metrics).splitlines()
     assert [line.split()[0] for line in (lines[0], *lines[2:])] == ["arm", *metrics["arms"]]
     tex = latex(metrics)
@@ -101,7 +101,7 @@ def test_evaluation_writes_a_card_with_the_measures_of_its_arm(study):
             assert part in text
         for part in ("18 users", "both orders", "4-bit (NF4)", "seed 3407"):
             assert part in text
-        assert "- one training run an arm" in text
+        assert "- fewer than 3 training runs" in text
         assert not re.search(rf"^- {other} ", text, re.M), "a caveat of the other arm"
         kept = cell(metrics["arms"][f"{arm}@16bit"]["precision_consistency"], "%")
         assert f"on 16bit weights {kept}% of its decisions stay the same" in text
@@ -174,14 +174,14 @@ def test_only_a_generated_readme_is_overwritten_and_evaluation_goes_on(mine, no_
     (adapter / "README.md").mkdir()  # it cannot be written
     sft = adapter_of(flags, "sft") / "README.md"
     sft.write_text("# My adapter")
-    evaluate_dpo.main([*flags, "--resamples", "20"])
+    evaluate_dpo.main([*flags])
     out = capsys.readouterr().out
     assert f"{sft} is somebody's own text and stays as it is\n" in out
     assert f"warning: no model card in {adapter}: " in out
     assert sft.read_text() == "# My adapter" and "verdict: " in out
     shutil.rmtree(adapter / "README.md")
     predictions = tmp_path / "outputs" / "evaluation" / "predictions.csv"
-    evaluate_dpo.main([*flags, "--resamples", "20", "--from_predictions", str(predictions)])
+    evaluate_dpo.main([*flags, "--from_predictions", str(predictions)])
     assert not (adapter / "README.md").exists()
 
 

@@ -861,11 +861,11 @@ def test_two_processes_train_and_evaluate_as_one(flags, tmp_path):
         mine = [*flags, "--outputs", str(outputs)]
         if processes == 1:
             train_dpo.main([*mine, *extra])
-            evaluate_dpo.main([*mine, "--resamples", "50"])
+            evaluate_dpo.main([*mine])
         else:
             done = launch("train_dpo.py", *mine, *extra, processes=processes)
             assert done.stdout.count("dpo: loss 0.693") == 1, "one process speaks"
-            launch("evaluate_dpo.py", *mine, "--resamples", "50", processes=processes)
+            launch("evaluate_dpo.py", *mine, processes=processes)
         found[processes] = run_of(mine, "dpo"), pd.read_csv(outputs / "evaluation" / "predictions.csv")
     assert [run["processes"] for run, _ in found.values()] == [1, 2]
     assert found[1][0]["rows_seen"] == found[2][0]["rows_seen"] == 8
