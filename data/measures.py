@@ -144,7 +144,7 @@ def scores_of_runs(predictions: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, 
             known = runs.get(about["reference"] + at + bits, {}) if about["reference"] else {}
             reference = known.get(seed) or (next(iter(known.values())) if len(known) == 1 else nothing)
             scores["chosen_change"], scores["rejected_change"] = (scores[name] - reference[name] for name in LOG_PROBS)
-            scores["reward_margin"] = about["beta"] * (scores["chosen_change"] - scores["rejected_change"])
+            scores["reward_margin"] = about["beta"] * (scores["response_margin"] - reference["response_margin"])
             scores["first"] = (runs.get(first, {}).get(seed, nothing) if at else nothing)["decision_margin"]
     return {arm: seeds for arm, seeds in runs.items() if seeds}
 

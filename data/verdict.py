@@ -147,7 +147,8 @@ def runs_text(arms: dict[str, Any], *names: str) -> str:
     runs = f"{' and '.join(counts)} training run{'' if [*counts] == ['1'] else 's'}"
     seeds = dict.fromkeys(", ".join(arms[name]["ranking_accuracy"].get("runs", {})) for name in names)
     each = " each" if len(names) > 1 and len(counts) == 1 else ""
-    return f"{runs}{each} with seed {' and '.join(seeds)}" if all(seeds) else runs + each
+    word = "seed" if all("," not in named for named in seeds) else "seeds"
+    return f"{runs}{each}, {word} {' and '.join(seeds)}" if all(seeds) else runs + each
 
 
 def spoken(found: dict[str, Any]) -> str:
