@@ -128,14 +128,14 @@ def scores_of_runs(predictions: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, 
     An arm in a second precision, such as `dpo@16bit`, is referred to the reference in that precision. The reference
     of a run is the run of the same seed or, where there is none, the only run.
     """
-    order = pairs["pair_id"]
+    pair_ids = pairs["pair_id"]
     groups = dict(iter(predictions.groupby(["arm", "seed", "history"], sort=False)))
     runs: dict[str, dict[str, Scores]] = {arm: {} for arm in predictions["arm"].unique()}
     for arm, seed, history in sorted(groups):
         if history == "own":
             rows, strangers = groups[arm, seed, "own"], groups.get((arm, seed, "stranger"), predictions.iloc[:0])
-            runs[arm][seed] = {name: margins_of(rows, name, order) for name in (*MARGINS, *LOG_PROBS)}
-            runs[arm][seed]["stranger"] = margins_of(strangers, "decision_margin", order)
+            runs[arm][seed] = {name: margins_of(rows, name, pair_ids) for name in (*MARGINS, *LOG_PROBS)}
+            runs[arm][seed]["stranger"] = margins_of(strangers, "decision_margin", pair_ids)
     nothing = dict.fromkeys((*MARGINS, *LOG_PROBS), np.full((len(pairs), 2), math.nan))
     for arm, seeds in runs.items():
         first, at, bits = arm.partition("@")
@@ -297,7 +297,7 @@ def half_width(parts: Sequence[Measured]) -> float:
     Over users and runs where the scope is the method, and over users alone where it is the adapters. The variance of
     run means S^2 holds the noise with which each run answers its users, so that this share is left out of the
     variance over users V. Both are estimates, and sqrt(t^2 V + sum of t_{k-1}^2 S^2 / k) covers at least as often as
-    it says (Banerjee 1960, Calcutta Statistical Association Bulletin 9).
+    it says (Banerjee 1960, Sankhya 22).
     """
     users = parts[0].influence.shape[1]
     over_users = (sum(part.influence.mean(axis=0) for part in parts) ** 2).sum()

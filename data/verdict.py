@@ -199,9 +199,9 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
         why = "its ranking accuracy is 50% for that reason"
         found.append(f"{arm} answers {letter} almost whatever the options are: {why}")
     for seed in {} if letter else measures["ranking_accuracy"].get("runs", {}):
-        if letter := letter_always_answered(measures, seed):
+        if of_run := letter_always_answered(measures, seed):
             why = "its ranking accuracy of 50% is in the mean"
-            found.append(f"{arm}'s run of seed {seed} answers {letter} almost whatever the options are: {why}")
+            found.append(f"{arm}'s run of seed {seed} answers {of_run} almost whatever the options are: {why}")
     against = measures["accuracy_against_popularity"]
     if not letter and against["value"] is not None and against["low"] <= 50:
         interval = f"{against['value']:.1f}% [{against['low']:.1f}, {against['high']:.1f}]"
