@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from data.figures import draw_all
 from data.files import write_json
 from data.measures import OF_ANSWERS, compute_metrics, wins
 from data.pairs import ORDERS, STEM, preference_row, preference_rows
-from data.predictions import LOG_PROBS
+from data.predictions import COLUMNS, LOG_PROBS, read_predictions
 from data.tokens import pair_tree
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -308,6 +309,21 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     evaluate_dpo.main(anew)
     assert not (folder / "run.json").exists(), "it was of other predictions"
     assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
+
+
+def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_figures, tmp_path, capsys):
+    rows = read_predictions(config.evaluation_folder(evaluated) / "predictions.csv")
+    rows.to_csv(tmp_path / "first.csv", index=False, columns=COLUMNS[1])
+    place = ["--preset", "small", "--outputs", str(tmp_path)]
+    evaluate_dpo.main([*place, "--from_predictions", str(tmp_path / "first.csv")])
+    assert "\nnote: these predictions are of version 1: every pair counts as a user" in capsys.readouterr().out
+    first, second = (
+        json.loads((folder / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]
+        for folder in (tmp_path, Path(evaluated.outputs))
+    )
+    assert first["ranking_accuracy"] == second["ranking_accuracy"]
+    assert first["chosen_change"]["value"] is None and second["chosen_change"]["value"] is not None
+    assert (tmp_path / "evaluation" / "predictions.csv").read_text() == (tmp_path / "first.csv").read_text()
 
 
 def test_a_second_precision_is_scored_and_compared_with_the_first(mine, no_figures, tmp_path, monkeypatch):

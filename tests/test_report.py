@@ -57,6 +57,8 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.25)}
     text = report(metrics, answers, ["note: of <b>"], "a model in 4 bits")
     assert "| measure | sft | sft_long | dpo |" in text and "**Note:** of &lt;b&gt;" in text
+    assert "| ranking accuracy (%) of each run | seed 1 |" in text and "| sft_long | 100.0 |" in text
+    assert "| dpo - sft_long |" in text and "| PARTIAL: comparable (these adapters) |" not in text, "too few users"
     assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of a model in 4 bits." in text
     assert all(line in text for line in summary(metrics, "a model in 4 bits").splitlines())
     assert "DPO and SFT of a model in 4 bits reached" in text and "a model" not in metrics["sentence"]
