@@ -71,7 +71,7 @@ def summary(metrics: dict[str, Any], model: str = "") -> str:
     lines = []
     for arm in ("sft", control) if control else ("sft",):
         found = metrics["comparisons"][f"dpo - {arm}"]
-        interval = f"95% interval [{found['low']:+.1f}, {found['high']:+.1f}]"
+        interval = f"95% interval [{found['low']:+.1f}, {found['high']:+.1f}], {metrics['users']:,} users"
         lines.append(f"DPO - {arm}: {found['value']:+.1f} points of ranking accuracy, {interval}")
         for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses")):
             if found[name]["value"] is not None:
