@@ -19,7 +19,8 @@ SAYS = {  # a verdict: does DPO rank better?
 }
 CASES = {  # (better than SFT, better than SFT trained longer): what follows
     ("yes", "yes"): "{dpo} ranks better than SFT, and better than SFT trained longer",
-    ("yes", "no"): "{dpo} ranks better than SFT but not than SFT trained longer: what it gains, more training gains too",
+    ("yes", "no"): "{dpo} ranks better than SFT but not than SFT trained longer: "
+    "what DPO gains, more training gains too",
     ("yes", "open"): "{dpo} ranks better than SFT; whether SFT trained longer gains as much is undecided",
     ("no", "yes"): "{dpo} does not rank better than SFT, though better than SFT trained longer",
     ("no", "no"): "{dpo} ranks better neither than SFT nor than SFT trained longer",

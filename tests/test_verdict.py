@@ -98,8 +98,8 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     ("shares", "wanted", "says"),
     [
         ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT, and better than SFT trained longer"),
-        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "what it gains, more training gains too"),
-        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "what it gains, more training gains too"),
+        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "what DPO gains, more training gains too"),
+        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "what DPO gains, more training gains too"),
         ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks better neither than SFT nor than"),
         ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs; no control was trained"),
         ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "From the control sft_x"),
