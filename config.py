@@ -80,7 +80,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], set[str]]] = {  # in words: a tes
     "of 1 or more": (
         lambda value: value >= 1,
         {"lora_rank", "lora_alpha", "effective_batch", "batch_size", "eval_steps", "save_steps", "logging_steps",
-         "generate_samples", "batch_users", "resamples", "seeds"},
+         "generate_samples", "batch_users", "seeds"},
     ),
     "of 2 or more": (lambda value: value >= 2, {"max_pairs"}),
     "of 1 or more, or -1": (lambda value: value >= 1 or value == -1, {"max_steps"}),
@@ -136,7 +136,7 @@ class TrainingSettings(Settings):
     init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
     sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
     check: bool = _setting(False, "check everything, print what was found, train nothing")
-    restart: bool = _setting(False, "replace what is there of other settings, and throw unfinished runs away")
+    restart: bool = _setting(False, "replace what is there of other settings, finished or not")
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
@@ -195,7 +195,6 @@ class EvaluationSettings(Settings):
     fast: bool = _setting(False, "score in TensorFloat-32 (GPU: 0.2 nats off) or bfloat16 (CPU: up to 2 nats off)")
     batch_users: int = _setting(16, "users scored at once; moves float32 scores below 1e-3 nats")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
-    resamples: int = _setting(10_000, "bootstrap resamples of each interval")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,9 +37,30 @@ from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
 from data.measures import OF_ANSWERS, compute_metrics, generation_measures
 from data.pairs import ORDERS, Pair, ids_digest, preference_row, warnings_on, with_strangers
-from data.predictions import ARM_NAME, baseline_rows, generation_rows, genre_pattern, prediction_rows, read_predictions
+from data.predictions import (
+    ARM_NAME,
+    as_csv,
+    baseline_rows,
+    generation_rows,
+    genre_pattern,
+    left_out,
+    prediction_rows,
+    read_predictions,
+)
 from data.report import latex, report, summary, table, write_card
-from data.runs import RUN, WEIGHTS, Adapters, model_of, notes_of, notes_on, of_another_stage, read_run, settings_of
+from data.runs import (
+    RUN,
+    WEIGHTS,
+    Adapters,
+    Lineage,
+    lineage,
+    model_of,
+    notes_of,
+    notes_on,
+    of_another_stage,
+    read_run,
+    settings_of,
+)
 from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import judge
@@ -66,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         # measures and verdict
         began = time.monotonic()
-        metrics = judge(compute_metrics(predictions, settings.resamples, settings.seed))
+        metrics = judge(compute_metrics(predictions))
 
         # report
-        model, notes = model_of(run), notes_of(run)
+        model, notes = model_of(run), [*notes_of(run), *left_out(predictions)]
         write_json(folder / "metrics.json", metrics)
         write_text(folder / "report.md", report(metrics, generation, notes, model))
         write_text(folder / "table.tex", latex(metrics))
@@ -114,7 +135,7 @@ def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, An
 
 def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None = None) -> dict[str, Any]:
     """Write predictions.csv and, where there are answers, generations.csv and generation.json; returns the latter."""
-    write_text(folder / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "predictions.csv", as_csv(predictions))
     if answers is None:
         for name in ("generations.csv", "generation.json"):  # of an earlier evaluation
             (folder / name).unlink(missing_ok=True)
@@ -260,11 +281,12 @@ def predict(
             arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()
             with timed(seconds, f"scoring {run}"):
                 scores = score(model, trees, settings.batch_users, run)
-            parts.append(prediction_rows(arm, "model", seed, "own", test, popularity, *scores))
+            about = lineage(path) if path else Lineage(pairs_seen=0)
+            parts.append(prediction_rows(arm, "model", seed, "own", test, popularity, *scores, about=about))
             if strange:
                 with timed(seconds, f"scoring {run} with strangers' histories"):
-                    decision, _ = score(model, strange, settings.batch_users, f"{run} with strangers")
-                parts.append(prediction_rows(arm, "model", seed, "stranger", test, popularity, decision))
+                    decision, *_ = score(model, strange, settings.batch_users, f"{run} with strangers")
+                parts.append(prediction_rows(arm, "model", seed, "stranger", test, popularity, decision, about=about))
             if asked and first and config.RANK == 0:
                 orders = [ORDERS[index % 2] for index in range(len(asked))]
                 prompts = [preference_row(pair, order)["prompt"] for pair, order in zip(asked, orders, strict=True)]
@@ -300,17 +322,17 @@ def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = round(time.monotonic() - began, 1)
 
 
-def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str) -> tuple[np.ndarray, np.ndarray]:
-    """(decision margins, response margins) in nats, each of shape (users, orders A and B).
+def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str) -> np.ndarray:
+    """Decision margins, log p(chosen) and log p(rejected) in nats, (3, pairs, orders A and B).
 
-    The decision margin is log p(preferred's letter) - log p(other's letter) after the stem; the response margin is
-    the same for the whole responses. The stem, which both begin with, cancels out of it.
+    The decision margin is log p(preferred's letter) - log p(other's letter) after the stem; a response's log p is
+    of all that follows the stem, which both responses begin with, from the letter on.
     """
     import torch
     from tqdm.auto import tqdm
 
     began = time.monotonic()
-    margins = np.zeros((2, len(trees), 2))
+    scores = np.zeros((3, len(trees), 2))
     by_length = sorted(range(len(trees)), key=lambda user: len(trees[user].tokens))
     batches = [by_length[start : start + batch_users] for start in range(0, len(trees), batch_users)]
     mine = batches[config.RANK :: config.PROCESSES]  # under `accelerate launch` the GPUs share them
@@ -318,13 +340,13 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
     for users in tqdm(mine, **about, disable=config.RANK != 0):
         with torch.inference_mode():
             for user, log_probs in zip(users, tree_log_probs(model, [trees[user] for user in users]), strict=True):
-                margins[:, user] = tree_margins(trees[user], log_probs)
+                scores[:, user] = tree_scores(trees[user], log_probs)
     if config.PROCESSES > 1:
         from accelerate.utils import gather_object
 
-        margins = np.sum(gather_object([margins]), axis=0)  # 0 where another process scored
+        scores = np.sum(gather_object([scores]), axis=0)  # 0 where another process scored
     print(f"scored {description}: {len(trees):,} users in {time.monotonic() - began:.1f} s", flush=True)
-    return margins[0], margins[1]
+    return scores
 
 
 def check_scores(model: Any, tokenizer: Any, pair: Pair, exact: bool) -> None:
@@ -349,11 +371,10 @@ def check_scores(model: Any, tokenizer: Any, pair: Pair, exact: bool) -> None:
                     raise UserError(f"this model cannot be scored: {problem}", ANOTHER)
 
 
-def tree_margins(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
-    """(decision and response margin, orders A and B) in nats, from the log p of a pair's nodes."""
+def tree_scores(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
+    """(decision margin, log p of the chosen and of the rejected response; orders A and B), from log p of the nodes."""
     decision = [log_probs[chosen[0]] - log_probs[rejected[0]] for chosen, rejected in tree.paths]
-    response = [log_probs[chosen].sum() - log_probs[rejected].sum() for chosen, rejected in tree.paths]
-    return np.array([decision, response])
+    return np.array([decision, *([log_probs[path].sum() for path in paths] for paths in zip(*tree.paths, strict=True))])
 
 
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
@@ -448,8 +469,8 @@ def predict_with(arms: Arms, train: Sequence[Pair], test: Sequence[Pair], batch_
     trees = [pair_tree(pair, arms.tokenizer) for pair in test]
     for arm in arms.names:
         with arms.switched_to(arm) as model:
-            margins = score(model, trees, batch_users, arm)
-        parts.append(prediction_rows(arm, "model", "", "own", test, film_counts(train), *margins))
+            scores = score(model, trees, batch_users, arm)
+        parts.append(prediction_rows(arm, "model", "", "own", test, film_counts(train), *scores))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -466,7 +487,7 @@ def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
     for arm in arms.names:
         with arms.switched_to(arm) as model, torch.inference_mode():
             [log_probs] = tree_log_probs(model, [tree])
-        parts.append(choices(arm, pair, tree_margins(tree, log_probs)[0]))
+        parts.append(choices(arm, pair, tree_scores(tree, log_probs)[0]))
     rows = pd.concat(parts, ignore_index=True).assign(answer=BEING_WRITTEN)
     yield rows
     for arm in arms.names:

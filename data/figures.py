@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 
 from data.files import whole_folder
-from data.measures import wins
 from data.predictions import margins_by_user
 
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -24,7 +24,11 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
     everyone = list(metrics["arms"])
     models = [arm for arm in everyone if metrics["arms"][arm]["kind"] == "model"]
     both = {"ranking_accuracy": "ranking", "response_accuracy": "response"}
-    popular = {"accuracy_with_popularity": "preferred film more popular", "accuracy_against_popularity": "less popular"}
+    popular = {
+        "accuracy_with_popularity": "preferred film more popular",
+        "accuracy_against_popularity": "less popular",
+        "accuracy_similar_popularity": "within a factor of 2",
+    }
     figures = {
         "accuracy": draw_measures(metrics, everyone, both, "accuracy, %", 50),
         "popularity": draw_measures(metrics, everyone, popular, "ranking accuracy, %", 50),
@@ -34,8 +38,8 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
         figures["reliability"] = draw_reliability(predictions, models)
         if {"sft", "dpo"} <= {*models}:
             figures["margins"] = draw_margins(predictions)
-        if any(measures["seeds"] > 1 for measures in metrics["arms"].values()):
-            figures["seeds"] = draw_seeds(predictions)
+    if any(measures["seeds"] > 1 for measures in metrics["arms"].values()):
+        figures["seeds"] = draw_seeds(metrics)
     return figures
 
 
@@ -66,7 +70,7 @@ def draw_measures(
         centre = np.array([found["value"] for _, found in shown])
         spread = np.abs(np.array([[found["low"], found["high"]] for _, found in shown]).T - centre)
         rows = np.array([row for row, _ in shown]) + 0.24 * (number - (len(measures) - 1) / 2)
-        style = {"fmt": "os"[number], "color": ["black", "0.55"][number], "capsize": 2, "markersize": 3.5}
+        style = {"fmt": "os^"[number], "color": ["black", "0.55", "0.75"][number], "capsize": 2, "markersize": 3.5}
         axis.errorbar(centre, rows, xerr=spread, label=label, linewidth=1, **style)
     axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
     axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"{axis_label} (95% interval)")
@@ -111,36 +115,45 @@ def draw_margins(predictions: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_seeds(predictions: pd.DataFrame) -> Figure:
+def draw_seeds(metrics: dict[str, Any]) -> Figure:
     """Ranking accuracy of each training run."""
-    own = predictions[(predictions["history"] == "own") & (predictions["kind"] == "model")]
-    right = own.assign(right=100 * wins(own["decision_margin"].to_numpy()))
-    accuracy = right.groupby(["arm", "seed"], sort=False)["right"].mean().reset_index()
-    arms = list(accuracy["arm"].unique())
-    figure, axis = new_figure(0.28 * len(arms) + 0.8)
-    axis.scatter(accuracy["right"], accuracy["arm"].map(arms.index), s=16, facecolors="none", edgecolors="black")
+    accuracy = {arm: measures["ranking_accuracy"].get("runs") for arm, measures in metrics["arms"].items()}
+    accuracy = {arm: [*runs.values()] for arm, runs in accuracy.items() if runs}
+    figure, axis = new_figure(0.28 * len(accuracy) + 0.8)
+    rows = np.repeat(range(len(accuracy)), [len(values) for values in accuracy.values()])
+    axis.scatter(np.concatenate([*accuracy.values()]), rows, s=16, facecolors="none", edgecolors="black")
     axis.axvline(50, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="ranking accuracy of each seed, %")
+    axis.set(yticks=range(len(accuracy)), yticklabels=accuracy, xlabel="ranking accuracy of each training run, %")
     axis.invert_yaxis()
     return figure
 
 
 def draw_losses(history: Sequence[dict[str, float]], stage: str) -> Figure:
-    """A training log: loss on training and held-out pairs and, for DPO, reward margin and reward accuracy."""
-    panels = {"loss": "loss"}
+    """A training log: loss on training and held-out pairs and, for DPO, log p of the responses, reward margin and
+    reward accuracy. A line at ln 2 is the loss of a policy that is its reference."""
+    panels = {"loss": {"loss": ""}}
     if stage == "dpo":
-        panels |= {"rewards/margins": "reward margin (nats)", "rewards/accuracies": "reward accuracy"}
+        panels |= {
+            "log p of the response (nats)": {"logps/chosen": "chosen, ", "logps/rejected": "rejected, "},
+            "reward margin (nats)": {"rewards/margins": ""},
+            "reward accuracy": {"rewards/accuracies": ""},
+        }
     figure, axes = new_figure(2.8, len(panels))
     axes = np.atleast_1d(axes)
-    for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        for prefix, style, who in (("", "-", "training"), ("eval_", "o--", "held out")):
-            points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
-            if points:
-                color = "black" if prefix else "tab:blue"
-                axis.plot(*zip(*points, strict=True), style, color=color, label=who, markersize=4)
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for (name, what), color in zip(lines.items(), ("tab:blue", "tab:orange"), strict=False):
+            for prefix, style, who in (("", "-", "training"), ("eval_", "o--", "held out")):
+                points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
+                if points:
+                    shade = "black" if prefix and not what else color
+                    axis.plot(*zip(*points, strict=True), style, color=shade, label=what + who, markersize=4)
         axis.set(xlabel="step", ylabel=label)
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):  # SFT's first steps would flatten the rest
+    if stage == "dpo":
+        axes[0].axhline(math.log(2), color="0.7", linewidth=0.8, zorder=0, label="ln 2")
+        if axes[1].lines:
+            axes[1].legend(frameon=False)
+    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):  # the first steps would flatten the rest
         axes[0].set_yscale("log")
     axes[0].legend(frameon=False)
     return figure

@@ -1,7 +1,8 @@
-"""Predictions -> measures with 95% intervals, and comparisons of arms. docs/metrics.md defines each of them.
+"""Measures with 95% intervals, and comparisons of arms, from predictions. docs/metrics.md defines each of them.
 
-The unit of every interval is the user. A measure is made of means over users of one or more columns, so that any
-resample of users is a mean over rows.
+Each measure of a run is a value and, for every user, how far this user moves it (its influence). The variance over
+users is the sum of the squared influences, whatever the measure: a mean, a ratio, a fitted temperature (linearisation;
+Deville 1999, Survey Methodology 25). Several pairs of a user add up to one influence.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from scipy.special import expit, ndtr, ndtri, stdtrit
 
-from data.predictions import MARGINS, margins_of
+from data.predictions import LOG_PROBS, MARGINS, margins_of
 
-SCHEMA_VERSION = 1  # of metrics.json
+SCHEMA_VERSION = 2  # of metrics.json
 MEASURES = {  # name: (label, unit)
     "ranking_accuracy": ("ranking accuracy", "%"),
     "response_accuracy": ("response accuracy", "%"),
@@ -28,67 +29,78 @@ MEASURES = {  # name: (label, unit)
     "response_margin": ("response margin", "nats"),
     "accuracy_with_popularity": ("ranking accuracy where the preferred film is the more popular", "%"),
     "accuracy_against_popularity": ("ranking accuracy where it is the less popular", "%"),
+    "popularity_balanced_accuracy": ("popularity-balanced accuracy, the mean of these two", "%"),
+    "accuracy_similar_popularity": ("ranking accuracy where popularity is within a factor of 2", "%"),
     "personalisation_gap": ("loss of ranking accuracy with a stranger's history", "points"),
     "precision_consistency": ("decisions that are the same in the first precision", "%"),
     "brier_score": ("Brier score of the decision", ""),
     "calibration_error": ("expected calibration error of the decision", ""),
+    "temperature": ("temperature that fits the decision best", ""),
+    "dpo_brier_score": ("Brier score of DPO's own probability", ""),
+    "dpo_calibration_error": ("expected calibration error of DPO's own probability", ""),
+    "dpo_temperature": ("temperature that fits DPO's own probability best", ""),
+    "chosen_change": ("change of log p(chosen) from the reference", "nats"),
+    "rejected_change": ("change of log p(rejected) from the reference", "nats"),
 }
 UNITS = {  # scale, lowest and highest value
     "%": (100, 0, 100), "points": (100, -100, 100),
-    "nats": (1, -math.inf, math.inf), "": (1, 0, 1),
+    "nats": (1, -math.inf, math.inf), "": (1, 0, math.inf),
 }
-COMPARED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # arms are compared by these
-PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error")  # a baseline's counts have none
+COMPARED = (  # arms are compared by these
+    *("ranking_accuracy", "order_free_accuracy", "response_accuracy"),
+    *("popularity_balanced_accuracy", "accuracy_similar_popularity"),
+)
+PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error", "temperature")  # a baseline has none
 NEAR_TIE = 0.01  # nats
+RUNS_FOR_METHOD = 3  # of an arm, for intervals over runs and verdicts on the method
 OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")
-Columns = dict[str, np.ndarray]  # (users, columns) by measure
+Scores = dict[str, np.ndarray]  # of one run: (pairs, orders A and B) by name
 
 
-def compute_metrics(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """One measure of an arm's runs."""
+
+    seeds: tuple[str, ...]
+    values: np.ndarray  # (runs,)
+    influence: np.ndarray  # (runs, users): how far each user moves each run's value
+    excess: float  # how much chance adds to the value, on average
+    trained: bool  # its runs are draws of training; base and baselines have none
+
+
+def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
     """All measures and comparisons, from the rows of predictions.csv; `data.verdict.judge` adds the verdict.
 
-    An arm with several seeds is the mean over them; its intervals are over users and seeds. Users and, for arms of
-    equally many seeds, seeds are drawn alike in every arm, so that differences are paired.
+    An arm with several runs is the mean over them. Users are paired between arms, and so are runs where two arms
+    have the same seeds.
     """
     own = predictions[predictions["history"] == "own"]
-    users = own["pair_id"].drop_duplicates().sort_values()
-    runs = {arm: columns_of_runs(predictions, arm, users) for arm in own["arm"].unique()}
-    samples = bootstrap_measures(runs, resamples, seed)
-    arms: dict[str, Any] = {}
+    pairs = own.drop_duplicates("pair_id").sort_values("pair_id")
+    users = pairs["user_id"].factorize()[0]
+    count = int(users.max()) + 1
+    runs = scores_of_runs(predictions, pairs)
+    arms, measured = {}, {}
     for arm, rows in own.groupby("arm", sort=False):
         kind = rows["kind"].iloc[0]
+        measured[arm] = measures_of_runs(arm, kind, runs[arm], popularity_of(pairs), users)
         near_ties = int((rows["decision_margin"].abs() < NEAR_TIE).sum())
-        arms[arm] = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
-        for name, (_, unit) in MEASURES.items():
-            value = UNITS[unit][0] * np.mean([reduce_columns(name, run[name].mean(axis=0)) for run in runs[arm]])
-            if kind == "baseline" and name in PROBABILITY_MEASURES:
-                value = math.nan
-            arms[arm][name] = estimate(name, value, over_seeds(samples[arm][name], seed))
+        about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
+        about |= {"reference": rows["reference"].max() or None}
+        about |= {name: number(rows[name].max()) for name in ("beta", "pairs_seen")}
+        arms[arm] = about | {name: estimate(name, found) for name, found in measured[arm].items()}
 
-    accuracy = {arm: np.mean([run["ranking_accuracy"][:, 0] for run in runs[arm]], axis=0) for arm in arms}
-    order_free = {arm: wins(sum(run["margin_of_both_orders"][:, 0] for run in runs[arm])) for arm in arms}
-    comparisons: dict[str, Any] = {}
+    comparisons = {}
     for one, other in compared_arms(arms):
-        differences = {}
-        for name in COMPARED:
-            values = [arms[arm][name]["value"] for arm in (one, other)]
-            value = low = high = math.nan
-            if None not in values:
-                drawn = paired_samples(samples[one][name], samples[other][name], seed)
-                value, (low, high) = values[0] - values[1], difference_interval(drawn, len(users))
-            differences[name] = {"value": number(value), "low": number(low), "high": number(high)}
-        ranking = differences.pop("ranking_accuracy")
-        smallest = detectable_difference(100 * (accuracy[one] - accuracy[other])) + 100 / len(users)
-        comparisons[f"{one} - {other}"] = ranking | differences | {
-            "p": mcnemar(order_free[one], order_free[other]),
-            "detectable_points": number(smallest),
-            # six users on one side are the fewest for which McNemar's exact p is below 0.05
-            "users_needed_for_2_points": max(300, math.ceil(len(users) * (smallest / 2) ** 2)),
-            "users_needed_to_decide": math.ceil(len(users) * max(1.0, ranking["high"] - ranking["low"]) ** 2),
-        }  # fmt: skip
-    for found, p in zip(comparisons.values(), holm([found["p"] for found in comparisons.values()]), strict=True):
+        parts = {name: difference(measured[one][name], measured[other][name]) for name in COMPARED}
+        differences = {name: difference_interval(part, len(pairs)) for name, part in parts.items()}
+        ranking, scope = differences.pop("ranking_accuracy"), scope_of(parts["ranking_accuracy"])
+        several_pairs = len(pairs) > count  # McNemar's test takes each for a user of its own
+        p = None if several_pairs else mcnemar_of_runs(runs[one], runs[other])
+        found = {"scope": scope, "p": p, "p_holm": None} | users_needed(ranking, count, scope)
+        comparisons[f"{one} - {other}"] = ranking | differences | found
+    tested = [found for found in comparisons.values() if found["p"] is not None]
+    for found, p in zip(tested, holm([found["p"] for found in tested]), strict=True):
         found["p_holm"] = p
-    about = {"schema_version": SCHEMA_VERSION, "users": len(users), "resamples": resamples, "seed": seed}
+    about = {"schema_version": SCHEMA_VERSION, "users": count, "pairs": len(pairs)}
     return about | {"arms": arms, "comparisons": comparisons}
 
 
@@ -107,60 +119,92 @@ def sft_controls(arms: dict[str, Any]) -> list[str]:
     return [arm for arm in arms if arm.startswith("sft_") and "@" not in arm]
 
 
-# ---------------------------------------------------------------------------------------- measures of one arm
+# ---------------------------------------------------------------------------------------- measures of one run
 
 
-def columns_of_runs(predictions: pd.DataFrame, arm: str, users: pd.Series) -> list[Columns]:
-    """What `user_measures` makes of each of an arm's runs, in the order of their seeds."""
-    own, strange = (predictions[predictions["history"] == history] for history in ("own", "stranger"))
-    popular = own.drop_duplicates("pair_id").set_index("pair_id")["preferred_more_popular"].reindex(users)
-    more_popular = popular.map({"true": 1.0, "false": 0.0}).to_numpy(dtype=float)
-    first = arm.partition("@")[0]
-    runs = []
-    for seed, rows in own[own["arm"] == arm].groupby("seed"):
-        stranger = strange[(strange["arm"] == arm) & (strange["seed"] == seed)]
-        in_first = own[(own["arm"] == first) & (own["seed"] == seed) & (arm != first)]
-        decision, response = (margins_of(rows, name, users) for name in MARGINS)
-        others = (margins_of(part, "decision_margin", users) for part in (stranger, in_first))
-        runs.append(user_measures(decision, response, *others, more_popular))
-    return runs
+def scores_of_runs(predictions: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, dict[str, Scores]]:
+    """What each run gave to every pair, by arm and seed; nan where it gave nothing.
+
+    An arm in a second precision, such as `dpo@16bit`, is referred to the reference in that precision. The reference
+    of a run is the run of the same seed or, where there is none, the only run.
+    """
+    pair_ids = pairs["pair_id"]
+    groups = dict(iter(predictions.groupby(["arm", "seed", "history"], sort=False)))
+    runs: dict[str, dict[str, Scores]] = {arm: {} for arm in predictions["arm"].unique()}
+    for arm, seed, history in sorted(groups):
+        if history == "own":
+            rows, strangers = groups[arm, seed, "own"], groups.get((arm, seed, "stranger"), predictions.iloc[:0])
+            runs[arm][seed] = {name: margins_of(rows, name, pair_ids) for name in (*MARGINS, *LOG_PROBS)}
+            runs[arm][seed]["stranger"] = margins_of(strangers, "decision_margin", pair_ids)
+    nothing = dict.fromkeys((*MARGINS, *LOG_PROBS), np.full((len(pairs), 2), math.nan))
+    for arm, seeds in runs.items():
+        first, at, bits = arm.partition("@")
+        for seed, scores in seeds.items():
+            about = groups[arm, seed, "own"].iloc[0]
+            known = runs.get(about["reference"] + at + bits, {}) if about["reference"] else {}
+            reference = known.get(seed) or (next(iter(known.values())) if len(known) == 1 else nothing)
+            scores["chosen_change"], scores["rejected_change"] = (scores[name] - reference[name] for name in LOG_PROBS)
+            scores["reward_margin"] = about["beta"] * (scores["response_margin"] - reference["response_margin"])
+            scores["first"] = (runs.get(first, {}).get(seed, nothing) if at else nothing)["decision_margin"]
+    return {arm: seeds for arm, seeds in runs.items() if seeds}
 
 
-def user_measures(
-    decision: np.ndarray, response: np.ndarray, stranger: np.ndarray, first: np.ndarray, more_popular: np.ndarray
-) -> Columns:
-    """Each measure of one run as columns over users.
+def measures_of_runs(
+    arm: str, kind: str, runs: dict[str, Scores], popular: dict[str, np.ndarray], users: np.ndarray
+) -> dict[str, Measured]:
+    """Every measure of an arm's runs; popular, users: as `run_measures` takes them."""
+    by_run = [run_measures(scores, popular, users) for scores in runs.values()]
+    trained = kind == "model" and arm.partition("@")[0] != "base"
+    measured = {}
+    for name in MEASURES:
+        values, influence, excess = (np.array(part) for part in zip(*(run[name] for run in by_run), strict=True))
+        if kind == "baseline" and name in PROBABILITY_MEASURES:
+            values = np.full(len(runs), math.nan)
+        measured[name] = Measured(tuple(runs), values, influence, float(excess.mean()), trained)
+    return measured
+
+
+def popularity_of(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """1 for pairs of a kind, 0 for others, (pairs,), by kind; nan where it is not known."""
+    more = pairs["preferred_more_popular"].to_numpy()
+    counts = pairs[["preferred_count", "other_count"]].to_numpy(dtype=float)
+    similar = np.where(np.isnan(counts).any(axis=1), math.nan, counts.max(axis=1) <= 2 * counts.min(axis=1))
+    return {"with": (more == "true") * 1.0, "against": (more == "false") * 1.0, "similar": similar}
+
+
+def run_measures(scores: Scores, popular: dict[str, np.ndarray], users: np.ndarray) -> dict[str, tuple]:
+    """Each measure of one run, in its unit, as (value, influence of each user, what chance adds to the value).
 
     Args:
-        decision, response: margins in nats, (users, orders A and B).
-        stranger: decision margins with another user's history, (users, orders); nan where not scored.
-        first: decision margins of the same adapter in the first precision, (users, orders); nan where there is none.
-        more_popular: 1 where the preferred film is the more popular in training, 0 where the less, nan for a tie.
-
-    Returns:
-        (users, columns): one column for a mean over users; numerator and denominator for a mean over some of them;
-        one column per bin for the calibration error. `reduce_columns` makes values of their means. A tie counts one
-        half in accuracies, and is no consistent choice.
+        scores: of `scores_of_runs`.
+        popular: of `popularity_of`.
+        users: the number of each pair's user, (pairs,).
     """
-    right = wins(decision)
-    single = {
-        "ranking_accuracy": right.mean(axis=1),
-        "response_accuracy": wins(response).mean(axis=1),
-        "order_free_accuracy": wins(decision.sum(axis=1)),
-        "position_bias": right[:, 0] - right[:, 1],
-        "swap_consistency": (right[:, 0] == right[:, 1]) & (right[:, 0] != 0.5),
-        "decision_margin": decision.mean(axis=1),
-        "response_margin": response.mean(axis=1),
-        "brier_score": ((1 - expit(decision)) ** 2).mean(axis=1),
-        "personalisation_gap": (right - wins(stranger)).mean(axis=1),
-        "precision_consistency": np.where(np.isnan(first), np.nan, wins(first) == right).mean(axis=1),
-        "margin_of_both_orders": decision.sum(axis=1),  # no measure: what order-free decisions are made by
+    decision, right = scores["decision_margin"], wins(scores["decision_margin"])
+    first = scores["first"]
+    means = {
+        "ranking_accuracy": right,
+        "response_accuracy": wins(scores["response_margin"]),
+        "order_free_accuracy": wins(decision.sum(axis=1, keepdims=True)),
+        "position_bias": right[:, :1] - right[:, 1:],
+        "swap_consistency": (right[:, :1] == right[:, 1:]) & (right[:, :1] != 0.5),
+        "personalisation_gap": right - wins(scores["stranger"]),
+        "precision_consistency": np.where(np.isnan(first), np.nan, wins(first) == right),
+        **{name: scores[name] for name in (*MARGINS, "chosen_change", "rejected_change")},
     }
-    columns = {name: value.astype(float)[:, None] for name, value in single.items()}
-    for name, wanted in (("accuracy_with_popularity", 1), ("accuracy_against_popularity", 0)):
-        part = (more_popular == wanted).astype(float)
-        columns[name] = np.column_stack([part * right.mean(axis=1), part])
-    return columns | {"calibration_error": calibration_columns(decision)}
+    found = {name: mean_of(values.mean(axis=1)) for name, values in means.items()}
+    found |= {f"accuracy_{kind}_popularity": mean_of(right.mean(axis=1), part) for kind, part in popular.items()}
+    halves = [found[f"accuracy_{kind}_popularity"] for kind in ("with", "against")]
+    found["popularity_balanced_accuracy"] = tuple(sum(part) / 2 for part in zip(*halves, strict=True))
+    for prefix, margin in (("", decision), ("dpo_", scores["reward_margin"])):
+        found[f"{prefix}brier_score"] = mean_of(((1 - expit(margin)) ** 2).mean(axis=1))
+        found[f"{prefix}calibration_error"] = calibration_error(margin, users)
+        found[f"{prefix}temperature"] = temperature(margin)
+    scales = {name: UNITS[unit][0] for name, (_, unit) in MEASURES.items()}
+    return {
+        name: (scale * found[name][0], scale * by_user(found[name][1], users), scale * found[name][2])
+        for name, scale in scales.items()
+    }
 
 
 def wins(margin: np.ndarray) -> np.ndarray:
@@ -168,26 +212,57 @@ def wins(margin: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(margin), np.nan, (margin > 0) + 0.5 * (margin == 0))
 
 
-def calibration_columns(decision: np.ndarray, bins: int = 15) -> np.ndarray:
-    """(users, bins): how much more often Option A was right than p says, in each bin of p(Option A).
+def mean_of(values: np.ndarray, among: np.ndarray | float = 1.0) -> tuple[float, np.ndarray, float]:
+    """The mean over pairs (pairs,), or over those `among` which are 1, as (value, influence of each pair, 0)."""
+    share = np.mean(among)
+    if not share > 0:
+        return math.nan, np.full(len(values), math.nan), 0.0
+    value = np.mean(values * among) / share
+    return value, among * (values - value) / (share * len(values)), 0.0
 
-    p(Option A) is sigma(d) where the preferred film is Option A and sigma(-d) where it is Option B. The absolute
-    means summed over bins are the expected calibration error (Naeini et al. 2015).
+
+def by_user(influence: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Influence of users (users, ...) from that of their pairs (pairs, ...)."""
+    summed = np.zeros((users.max() + 1, *influence.shape[1:]))
+    np.add.at(summed, users, influence)
+    return summed
+
+
+def calibration_error(margin: np.ndarray, users: np.ndarray, bins: int = 15) -> tuple[float, np.ndarray, float]:
+    """Expected calibration error of p(Option A) (Naeini et al. 2015) as (value, influence of each pair, excess).
+
+    p(Option A) is sigma(margin) where the preferred film is Option A and sigma(-margin) where it is Option B. Chance
+    moves the mean of a bin, and of absolute values that is always up: by `excess`, that of a folded normal.
     """
-    p_a = expit(decision * np.array([1, -1]))
-    right = np.broadcast_to([1.0, 0.0], decision.shape)
+    p_a = expit(margin * np.array([1, -1]))
+    if np.isnan(p_a).any():
+        return math.nan, np.full(len(margin), math.nan), 0.0
     index = np.minimum((p_a * bins).astype(int), bins - 1)
-    return np.stack([((right - p_a) * (index == number)).mean(axis=1) for number in range(bins)], axis=1)
+    gaps = ([[1.0, 0.0]] - p_a)[..., None] * (index[..., None] == np.arange(bins))
+    gaps = gaps.mean(axis=1)  # (pairs, bins)
+    means = gaps.mean(axis=0)
+    influence = (gaps - means) / len(gaps)
+    noise = np.sqrt((by_user(influence, users) ** 2).sum(axis=0))
+    far = np.abs(means) / np.where(noise > 0, noise, np.inf)
+    folded = noise * math.sqrt(2 / math.pi) * np.exp(-(far**2) / 2) - 2 * np.abs(means) * ndtr(-far) * (noise > 0)
+    return np.abs(means).sum(), influence @ np.sign(means), folded.sum()
 
 
-def reduce_columns(name: str, means: np.ndarray) -> np.ndarray:
-    """A measure's value from the means of its columns, (..., columns) -> (...)."""
-    if name == "calibration_error":
-        return np.abs(means).sum(axis=-1)
-    if means.shape[-1] == 2:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return means[..., 0] / means[..., 1]
-    return means[..., 0]
+def temperature(margin: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """The T for which sigma(margin / T) is likeliest (Guo et al. 2017) as (value, influence of each pair, 0).
+
+    nan where no T from 0.01 to 100 is: where margins are right always, or no more often than wrong.
+    """
+    from scipy.optimize import brentq
+
+    def slopes(inverse: float) -> np.ndarray:
+        return (margin * expit(-inverse * margin)).mean(axis=1)
+
+    if not slopes(0.01).mean() > 0 > slopes(100.0).mean() + 1e-12:
+        return math.nan, np.full(len(margin), math.nan), 0.0
+    inverse = brentq(lambda inverse: slopes(inverse).mean(), 0.01, 100.0)
+    curvature = (margin**2 * expit(inverse * margin) * expit(-inverse * margin)).mean()
+    return 1 / inverse, -slopes(inverse) / (curvature * inverse**2 * len(margin)), 0.0
 
 
 def number(value: float) -> float | None:
@@ -210,97 +285,64 @@ def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
 # ---------------------------------------------------------------------------------------------------- intervals
 
 
-def bootstrap_measures(runs: dict[str, list[Columns]], resamples: int, seed: int) -> dict[str, Columns]:
-    """Bootstrap samples of every arm's measures in their units, each (resamples, seeds)."""
-    all_runs = [run for seeds in runs.values() for run in seeds]
-    columns = np.column_stack([run[name] for run in all_runs for name in MEASURES])
-    widths = [run[name].shape[1] for run in all_runs for name in MEASURES]
-    means = iter(np.split(bootstrap_means(columns, resamples, seed), np.cumsum(widths)[:-1], axis=1))
-    samples: dict[str, Columns] = {}
-    for arm, seeds in runs.items():
-        drawn = [{name: reduce_columns(name, next(means)) for name in MEASURES} for _ in seeds]
-        scales = {name: UNITS[unit][0] for name, (_, unit) in MEASURES.items()}
-        samples[arm] = {name: np.stack([scales[name] * run[name] for run in drawn], axis=1) for name in MEASURES}
-    return samples
+def scope_of(parts: Sequence[Measured]) -> str:
+    """`method` where each trained arm has three runs, so that another run's result can be told; else `adapters`."""
+    enough = all(len(part.seeds) >= RUNS_FOR_METHOD for part in parts if part.trained)
+    return "method" if enough else "adapters"
 
 
-def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means over resampled users, (resamples, columns), from values of shape (users, columns).
+def half_width(parts: Sequence[Measured]) -> float:
+    """Half of the 95% interval of a sum of independent parts, each the mean over its runs.
 
-    The same users are drawn for every column and at every call, so that differences between columns are paired
-    (Efron & Tibshirani 1993, ch. 8).
+    Over users and runs where the scope is the method, and over users alone where it is the adapters. The variance of
+    run means S^2 holds the noise with which each run answers its users, so that this share is left out of the
+    variance over users V. Both are estimates, and sqrt(t^2 V + sum of t_{k-1}^2 S^2 / k) covers at least as often as
+    it says (Banerjee 1960, Sankhya 22).
     """
-    random, users = np.random.default_rng(seed), len(values)
-    sizes = [min(500, resamples - start) for start in range(0, resamples, 500)]
-    draws = (random.multinomial(users, np.full(users, 1 / users), size=size) for size in sizes)
-    return np.concatenate([drawn @ values / users for drawn in draws])
+    users = parts[0].influence.shape[1]
+    over_users = (sum(part.influence.mean(axis=0) for part in parts) ** 2).sum()
+    over_runs = 0.0
+    for part in parts if scope_of(parts) == "method" else ():
+        if part.trained:
+            runs = len(part.seeds)
+            over_users -= ((part.influence - part.influence.mean(axis=0)) ** 2).sum() / (runs * (runs - 1))
+            over_runs += stdtrit(runs - 1, 0.975) ** 2 * part.values.var(ddof=1) / runs
+    over_users = np.maximum(0, over_users) * users / (users - 1)
+    return float(np.sqrt(stdtrit(users - 1, 0.975) ** 2 * over_users + over_runs))
 
 
-def over_seeds(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means over resampled seeds, (resamples,) without nan, from values of shape (resamples, seeds).
+def estimate(name: str, measured: Measured) -> dict[str, Any]:
+    """A measure's value and 95% interval, within the measure's limits, and the value of each trained run.
 
-    The second level of the bootstrap. With one seed nothing is drawn, and the interval leaves out what another seed
-    would give. Two corrections keep intervals of few seeds honest (tests/benchmarks/simulation.py). Resampling k
-    seeds shows a variance too small by (k - 1) / k, and the tails of a normal distribution where few values have
-    Student's: deviations are scaled by sqrt(k / (k - 1)) t_{k-1} / z (at 97.5%). And seeds differ also because each
-    answers the users a little differently, which the bootstrap over users holds already: that share of their
-    variance, which its samples show, is taken out (the random-effects estimate; Searle, Casella & McCulloch 1992,
-    ch. 3).
+    The interval is about the value less what chance adds to it, as far as the value at least.
     """
-    from scipy.stats import norm, t
-
-    if not np.isnan(values).all():
-        values = values[~np.isnan(values).any(axis=1)]  # a resample without users that the measure is of
-    resamples, seeds = values.shape
-    mean = values.mean(axis=1)
-    if seeds == 1 or resamples < 2:
-        return mean
-    covariance = np.cov(values.T)
-    own_noise = np.diag(covariance).mean() - covariance[~np.eye(seeds, dtype=bool)].mean()
-    observed = values.mean(axis=0).var(ddof=1)
-    between = max(0.0, 1 - own_noise / observed) if observed > 0 else 0.0
-    scale = math.sqrt(between * seeds / (seeds - 1)) * t.ppf(0.975, seeds - 1) / norm.ppf(0.975)
-    drawn = np.random.default_rng([seed, seeds]).integers(seeds, size=(resamples, seeds))
-    return mean + scale * (np.take_along_axis(values, drawn, axis=1).mean(axis=1) - mean)
+    value, half = measured.values.mean(), half_width([measured])
+    centre = value - measured.excess
+    ends = np.clip([min(value, centre - half), max(value, centre + half)], *UNITS[MEASURES[name][1]][1:])
+    found = {"value": number(value), "low": number(ends[0]), "high": number(ends[1])}
+    if measured.trained and measured.seeds != ("",) and not math.isnan(value):
+        found["runs"] = {seed: number(one) for seed, one in zip(measured.seeds, measured.values, strict=True)}
+    return found
 
 
-def paired_samples(one: np.ndarray, other: np.ndarray, seed: int) -> np.ndarray:
-    """Bootstrap samples of the difference of two arms, (resamples,), from each arm's samples (resamples, seeds)."""
-    if one.shape == other.shape:
-        return over_seeds(one - other, seed)
-    return over_seeds(one, seed) - over_seeds(other, seed)
+def difference(one: Measured, other: Measured) -> list[Measured]:
+    """One measure of two arms as the parts of their difference: one where their runs are paired by seed, else two."""
+    if one.seeds == other.seeds and one.trained == other.trained:
+        return [one._replace(values=one.values - other.values, influence=one.influence - other.influence)]
+    return [one, other._replace(values=-other.values, influence=-other.influence)]
 
 
-def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def difference_interval(parts: Sequence[Measured], pairs: int) -> dict[str, Any]:
+    """A difference of two arms' accuracies in points with its 95% interval and, where runs are paired, that of each.
 
-
-def difference_interval(samples: np.ndarray, users: int) -> tuple[float, float]:
-    """95% interval of a difference of two arms' accuracies in points, from its bootstrap samples in points.
-
-    The percentiles, moved apart by the continuity correction 1/n on each side (Fleiss, Levin & Paik 2003, ch. 13,
-    for paired proportions). The difference moves in steps: without it a true difference of 0 is called SUPPORTED a
-    little more often than 2.5% of the time.
+    The ends are moved apart by the continuity correction 1/n on each side (Fleiss, Levin & Paik 2003, ch. 13, for
+    paired proportions), since the difference moves in steps.
     """
-    low, high = percentile_interval(samples)
-    return low - 100 / users, high + 100 / users
-
-
-def estimate(name: str, value: float, samples: np.ndarray) -> dict[str, float | None]:
-    """A measure's value and the percentile interval of its samples, within the measure's limits.
-
-    The calibration error sums absolute values, which chance raises, and in a resample raises once more: percentiles
-    would lie above the truth. Its interval is the basic bootstrap's, their reflection at the value (Davison &
-    Hinkley 1997, ch. 5), as far as the value at least.
-    """
-    if math.isnan(value):
-        return {"value": None, "low": None, "high": None}
-    low, high = percentile_interval(samples[~np.isnan(samples)])
-    if name == "calibration_error":
-        low, high = 2 * value - high, max(value, 2 * value - low)
-    low, high = np.clip((low, high), *UNITS[MEASURES[name][1]][1:])
-    return {"value": number(value), "low": number(low), "high": number(high)}
+    value, half = sum(part.values.mean() for part in parts), half_width(parts) + 100 / pairs
+    found = {"value": number(value), "low": number(value - half), "high": number(value + half)}
+    if len(parts) == 1 and len(parts[0].seeds) > 1 and not math.isnan(value):
+        found["runs"] = {seed: number(one) for seed, one in zip(parts[0].seeds, parts[0].values, strict=True)}
+    return found
 
 
 # -------------------------------------------------------------------------------------- tests of a difference
@@ -322,13 +364,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
-def detectable_difference(differences: np.ndarray) -> float:
-    """The smallest mean difference that these users could show with 80% power at the two-sided 5% level.
+def mcnemar_of_runs(one: dict[str, Scores], other: dict[str, Scores]) -> float | None:
+    """McNemar's p of two arms' order-free decisions; None where either has several runs: it knows users alone."""
+    if len(one) > 1 or len(other) > 1:
+        return None
+    [first], [second] = one.values(), other.values()
+    return mcnemar(*(wins(scores["decision_margin"].sum(axis=1)) for scores in (first, second)))
 
-    (z_0.975 + z_0.8) standard errors of the paired difference (users,), in the same unit.
+
+def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any]:
+    """What these users can tell, and how many would tell more; the latter are None where runs count, too.
+
+    A difference is told from 0 with 80% power if it is (z_0.975 + z_0.8) / z_0.975 times half the interval.
     """
-    from scipy.stats import norm
-
-    if len(differences) < 2:
-        return math.nan
-    return float((norm.ppf(0.975) + norm.ppf(0.8)) * differences.std(ddof=1) / math.sqrt(len(differences)))
+    width = found["high"] - found["low"]
+    smallest = (ndtri(0.975) + ndtri(0.8)) / ndtri(0.975) * width / 2
+    needed = {
+        # six users on one side are the fewest for which McNemar's exact p is below 0.05
+        "users_needed_for_2_points": max(300, math.ceil(users * (smallest / 2) ** 2)),
+        "users_needed_to_decide": math.ceil(users * max(1.0, width) ** 2),
+    }
+    return {"detectable_points": number(smallest), **(needed if scope == "adapters" else dict.fromkeys(needed))}

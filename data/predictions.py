@@ -13,12 +13,24 @@ import pandas as pd
 from data.baselines import baseline_margins, film_counts
 from data.errors import UserError
 from data.pairs import ORDERS, Pair, other_letter, recommended
+from data.runs import Lineage
 
 MARGINS = ("decision_margin", "response_margin")
+LOG_PROBS = ("chosen_log_prob", "rejected_log_prob")
 ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
-TEXT = ("arm", "kind", "seed", "pair_id", "order", "history", "preferred_more_popular")
 KEY = ["arm", "seed", "pair_id", "order", "history"]
+IN_EACH = ("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin")
+COLUMNS = {  # of predictions.csv, by version
+    1: (*IN_EACH, "response_margin", "preferred_more_popular"),
+    2: (
+        *(*IN_EACH[:3], "user_id", *IN_EACH[3:], *LOG_PROBS, "preferred_count", "other_count"),
+        *("reference", "beta", "pairs_seen"),
+    ),
+}
+WHOLE = ("preferred_count", "other_count", "pairs_seen")
+NUMBERS = (*MARGINS, *LOG_PROBS, *WHOLE, "beta")
 REMEDY = "Give a predictions.csv of evaluate_dpo.py."
+UNKNOWN = Lineage()
 
 
 def prediction_rows(
@@ -29,30 +41,36 @@ def prediction_rows(
     pairs: Sequence[Pair],
     popularity: Counter[str],
     decision: np.ndarray,
-    response: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+    rejected: np.ndarray | None = None,
+    about: Lineage = UNKNOWN,
 ) -> pd.DataFrame:
-    """Rows of predictions.csv for one arm, seed and history.
+    """Rows of predictions.csv for one arm, seed and history, `completed`.
 
     Args:
         kind: model or baseline.
         history: own or stranger.
         popularity: how many training users watched each title.
-        decision, response: margins in nats, (users, orders A and B); response None where not scored.
+        decision: margins in nats, (pairs, orders A and B).
+        chosen, rejected: log-probabilities of the responses in nats, (pairs, orders); None where not scored.
     """
-    counts = [(popularity[pair.preferred.title], popularity[pair.other.title]) for pair in pairs]
-    return pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "arm": arm,
             "kind": kind,
             "seed": seed,
+            "user_id": np.repeat([pair.user_id for pair in pairs], 2),
             "pair_id": np.repeat([pair.pair_id for pair in pairs], 2),
             "order": list(ORDERS) * len(pairs),
             "history": history,
             "decision_margin": decision.ravel().round(6),
-            "response_margin": np.nan if response is None else response.ravel().round(6),
-            "preferred_more_popular": np.repeat(["tie" if a == b else str(a > b).lower() for a, b in counts], 2),
+            "chosen_log_prob": np.nan if chosen is None else chosen.ravel().round(6),
+            "rejected_log_prob": np.nan if rejected is None else rejected.ravel().round(6),
+            "preferred_count": np.repeat([popularity[pair.preferred.title] for pair in pairs], 2),
+            "other_count": np.repeat([popularity[pair.other.title] for pair in pairs], 2),
         }
     )
+    return completed(rows.assign(**about._asdict()))
 
 
 def baseline_rows(train: Sequence[Pair], test: Sequence[Pair]) -> list[pd.DataFrame]:
@@ -62,19 +80,49 @@ def baseline_rows(train: Sequence[Pair], test: Sequence[Pair]) -> list[pd.DataFr
     return [prediction_rows(arm, "baseline", "", "own", test, counts, decision) for arm, decision in margins.items()]
 
 
+def completed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of either version with the columns of both; what version 1 cannot give is nan or ""."""
+    if "chosen_log_prob" in rows:
+        difference = rows["preferred_count"] - rows["other_count"]
+        popular = difference.map(lambda more: "true" if more > 0 else "false" if more < 0 else "tie")
+        response = (rows["chosen_log_prob"] - rows["rejected_log_prob"]).round(6)
+        return rows.assign(response_margin=response, preferred_more_popular=popular)
+    popular = rows["preferred_more_popular"].str.lower()  # a spreadsheet's
+    unknown = dict.fromkeys([name for name in NUMBERS if name not in rows], np.nan)
+    return rows.assign(user_id=rows["pair_id"], reference="", **unknown, preferred_more_popular=popular)
+
+
+def version_of(rows: pd.DataFrame) -> int:
+    """The version of predictions.csv that `completed` rows come from."""
+    return 1 if rows["preferred_count"].isna().all() else 2
+
+
+def left_out(rows: pd.DataFrame) -> list[str]:
+    """A note on what rows of version 1 cannot give."""
+    lacking = "every pair counts as a user, and log-probabilities, film counts, references and pairs seen are not known"
+    return [f"note: these predictions are of version 1: {lacking}"] if version_of(rows) == 1 else []
+
+
+def as_csv(rows: pd.DataFrame) -> str:
+    """The text of a predictions.csv of the version that `completed` rows come from."""
+    whole = rows.astype(dict.fromkeys(WHOLE, "Int64"))
+    return whole.to_csv(index=False, lineterminator="\n", columns=COLUMNS[version_of(rows)])
+
+
 def read_predictions(path: Path) -> pd.DataFrame:
-    """The rows of predictions.csv.
+    """The rows of predictions.csv of either version, `completed`.
 
     Raises:
         UserError: there is no such file, or evaluate_dpo.py did not write it.
     """
-    types = dict.fromkeys(TEXT, str) | dict.fromkeys(MARGINS, float)
-    empty = {name: [""] for name in MARGINS}
+    types = {name: float if name in NUMBERS else str for columns in COLUMNS.values() for name in columns}
+    empty = {name: [""] for name in NUMBERS}
     try:
         predictions = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
-        if "preferred_more_popular" in predictions:
-            predictions["preferred_more_popular"] = predictions["preferred_more_popular"].str.lower()  # a spreadsheet's
-        problem = problem_of(predictions)
+        problem = lacking_columns(predictions)
+        if not problem:
+            predictions = completed(predictions)
+            problem = problem_of(predictions)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}", REMEDY) from None
     if problem:
@@ -82,10 +130,14 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return predictions
 
 
+def lacking_columns(rows: pd.DataFrame) -> str:
+    """Which columns of its version rows lack, in words; "" if none."""
+    missing = {*COLUMNS[2 if {"user_id", *LOG_PROBS} & {*rows.columns} else 1]} - {*rows.columns}
+    return f"has no column {', '.join(sorted(missing))}" if missing else ""
+
+
 def problem_of(rows: pd.DataFrame) -> str:
-    """Why no measures can be computed from these rows; "" if they can."""
-    if missing := {*TEXT, *MARGINS} - {*rows.columns}:
-        return f"has no column {', '.join(sorted(missing))}"
+    """Why no measures can be computed from these `completed` rows; "" if they can."""
     if rows.empty:
         return "holds no rows"
     if not (rows["order"].isin(ORDERS) & rows["history"].isin(("own", "stranger"))).all():
@@ -98,12 +150,19 @@ def problem_of(rows: pd.DataFrame) -> str:
         return "has an arm that is neither a model nor a baseline, or both"
     if not rows["preferred_more_popular"].isin(("true", "false", "tie")).all():
         return "has a preferred_more_popular that is not true, false or tie"
-    if rows["decision_margin"].isna().any() or (rows[list(MARGINS)].abs() > 1e6).any(axis=None):
-        return "has a margin that is missing or above a million"
+    if rows["decision_margin"].isna().any() or (rows[list(NUMBERS)].abs() > 1e9).any(axis=None):
+        return "has a margin that is missing, or a number above a billion"
+    whole = rows[list(WHOLE)]
+    if (version_of(rows) == 2 and whole.iloc[:, :2].isna().any(axis=None)) or (whole.fillna(0) % 1 > 0).any(axis=None):
+        return "has a count that is missing or no whole number"
+    if (rows.groupby(["arm", "seed"])[["reference", "beta", "pairs_seen"]].nunique() > 1).any(axis=None):
+        return "has two references, betas or pairs_seen for one run"
     own = rows[rows["history"] == "own"]
-    users = own["pair_id"].nunique()
-    if users < 2 or (own.groupby(["arm", "seed"]).size() != 2 * users).any():
-        return f"does not have each of its {users} users (two at least) in both orders under every arm"
+    pairs, users = own["pair_id"].nunique(), own["user_id"].nunique()
+    if users < 2 or (own.groupby(["arm", "seed"]).size() != 2 * pairs).any():
+        return f"does not have each of its {pairs} pairs, of two users at least, in both orders under every arm"
+    if (own.groupby("pair_id")["user_id"].nunique() > 1).any():
+        return "has a pair of two users"
     return ""
 
 

@@ -11,11 +11,19 @@ import pandas as pd
 from jinja2 import TemplateError
 
 from data.errors import printable
-from data.files import read_json, write_text
-from data.measures import MEASURES, OF_ANSWERS
+from data.files import file_sha256, read_json, write_text
+from data.measures import COMPARED, MEASURES, OF_ANSWERS
 from data.pairs import STEM, Movie, Pair, preference_row
-from data.runs import plain, read_run, settings_of
-from data.verdict import BOTH_ONE_LETTER, caveats_of, control_verdicts, interval_text, letter_always_answered, sentence
+from data.runs import WEIGHTS, plain, read_run, settings_of
+from data.verdict import (
+    BOTH_ONE_LETTER,
+    caveats_of,
+    caveats_of_baselines,
+    interval_text,
+    letter_always_answered,
+    pairs_seen,
+    sentence,
+)
 
 MAIN_MEASURES = {  # measure: heading
     "ranking_accuracy": "ranking %",
@@ -64,35 +72,39 @@ def latex(metrics: dict[str, Any]) -> str:
 
 
 def summary(metrics: dict[str, Any], model: str = "") -> str:
-    """The comparison of DPO with SFT in words, with its caveats, verdict last; model: what the adapters belong to."""
+    """The comparisons of DPO in words, with their caveats, verdicts last; model: what the adapters belong to."""
     if "verdict" not in metrics:
         return "no verdict: there is no arm named sft, or none named dpo"
-    found, arms = metrics["comparisons"]["dpo - sft"], metrics["arms"]
-    several = max(arms[arm]["seeds"] for arm in ("sft", "dpo")) > 1
-    interval = f"95% interval [{found['low']:+.1f}, {found['high']:+.1f}], {metrics['users']:,} users"
-    lines = [f"DPO - SFT: {found['value']:+.1f} points of ranking accuracy, {interval}"]
-    for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses")):
-        if found[name]["value"] is not None:
-            lines.append(f"  {label}: {interval_text(found[name])} points")
-    of_runs = " of all training runs together" if several else ""
-    corrected = f"{found['p_holm']:.3g} after Holm's correction for {len(metrics['comparisons'])} comparisons"
-    lines.append(f"McNemar on order-free decisions{of_runs}: p = {found['p']:.3g}, {corrected}")
+    arms, control = metrics["arms"], metrics["control"]
+    lines = []
+    for arm in ("sft", control) if control else ("sft",):
+        found = metrics["comparisons"][f"dpo - {arm}"]
+        interval = f"95% interval [{found['low']:+.1f}, {found['high']:+.1f}], {metrics['users']:,} users"
+        lines.append(f"DPO - {arm}: {found['value']:+.1f} points of ranking accuracy, {interval}")
+        for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses")):
+            if found[name]["value"] is not None:
+                lines.append(f"  {label}: {interval_text(found[name])} points")
+        if found["p"] is not None:
+            corrected = f"{found['p_holm']:.3g} after Holm's correction"
+            lines.append(f"  McNemar on order-free decisions: p = {found['p']:.3g}, {corrected}")
+    found, verdict = metrics["comparisons"]["dpo - sft"], metrics["verdict"]
     if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
         lines.append(f"{BOTH_ONE_LETTER}: more test users would not decide between them")
     else:
-        without = ", the variation between training runs left out" if several else ""
-        smallest = f"{found['detectable_points']:.1f} points{without}"
-        lines.append(f"smallest difference that these users tell from 0 with 80% power: {smallest}")
-        if metrics["verdict"] == "INCONCLUSIVE" and several:
+        of_what = "users and runs" if found["scope"] == "method" else "users"
+        smallest = f"{found['detectable_points']:.1f} points"
+        lines.append(f"smallest difference that these {of_what} tell from 0 with 80% power: {smallest}")
+        if verdict.startswith("INCONCLUSIVE") and found["scope"] == "method":
             lines.append("more training runs narrow the part of the interval that more users do not")
-        elif metrics["verdict"] == "INCONCLUSIVE":
+        elif verdict.startswith("INCONCLUSIVE"):
             to_tell = f"about {found['users_needed_for_2_points']:,} to tell 2 points from 0 with 80% power"
             to_decide = f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points"
             lines.append(f"test users needed: {to_tell}, {to_decide}, which always decides")
     lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
     lines.append(f"to quote: {sentence(metrics, model)}")
-    also = "".join(f"; against {arm}: {verdict}" for arm, verdict in control_verdicts(metrics).items())
-    return "\n".join([*lines, f"verdict: {metrics['verdict']}{also}"])
+    also = f"{metrics['control_verdict']} against {control}" if control else metrics["control_verdict"]
+    seen = "" if control else pairs_seen("sft", arms)
+    return "\n".join([*lines, f"verdict: {verdict} against {f'an sft that saw {seen}' if seen else 'sft'}; {also}"])
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -104,17 +116,23 @@ def report(metrics: dict[str, Any], generation: dict[str, Any], notes: Sequence[
     """All measures and the verdict as Markdown."""
     arms, of_model = metrics["arms"], f" Adapters of {model}." if model else ""
     lines = ["# DPO against SFT: ranking adherence", ""]
-    lines.append(f"{metrics['users']:,} test users, both orders; 95% intervals.{of_model}")
+    lines.append(f"{metrics['users']:,} test users, {metrics['pairs']:,} pairs, both orders; 95% intervals.{of_model}")
     cells = table_cells(metrics, {name: heading(name) for name in MEASURES}).T
     rows = [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
     rows.append(["decisions by less than 0.01 nats", *(str(arms[arm]["near_ties"] or "-") for arm in arms)])
     lines += markdown_table(["measure", *arms], rows)
-    heads, keys = ("p (McNemar)", "p (Holm)", "detectable points"), ("p", "p_holm", "detectable_points")
+    seeds = list(dict.fromkeys(seed for values in arms.values() for seed in values["ranking_accuracy"].get("runs", {})))
+    if seeds:
+        runs = {arm: values["ranking_accuracy"].get("runs", {}) for arm, values in arms.items()}
+        rows = [[arm, *(f"{of[seed]:.1f}" if seed in of else "-" for seed in seeds)] for arm, of in runs.items() if of]
+        lines += markdown_table(["ranking accuracy (%) of each run", *(f"seed {seed}" for seed in seeds)], rows)
     rows = []
     for name, found in metrics["comparisons"].items():
-        parts = (found, found["order_free_accuracy"], found["response_accuracy"])
-        rows.append([name, *(cell(part, "points") for part in parts), *(f"{found[key]:.3g}" for key in keys)])
-    lines += markdown_table(["comparison", "points of ranking accuracy", "order-free", "whole responses", *heads], rows)
+        cells = [cell(found, "points"), *(cell(found[measure], "points") for measure in COMPARED[1:])]
+        numbers = ("-" if found[key] is None else f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points"))
+        rows.append([name, *cells, *numbers, found.get("verdict", "-")])
+    heads = ["comparison, in points", *(MEASURES[name][0] for name in COMPARED)]
+    lines += markdown_table([*heads, "p (McNemar)", "p (Holm)", "detectable points", "verdict"], rows)
     if generation:
         rows = [[arm, *(f"{found[name]:.3g}" for name in OF_ANSWERS)] for arm, found in generation.items()]
         lines += markdown_table(["generated answers", *(name.replace("_", " ") for name in OF_ANSWERS)], rows)
@@ -135,6 +153,7 @@ CARD_SETTINGS = {
     "sft_more": ["init", "epochs", "control_learning_rate", "sft_learning_rate"],
     "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
 }
+KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}
 COMMON_SETTINGS = ["option_order", "lora_dropout", "effective_batch", "optim", "lr_scheduler", "warmup_steps"]
 COMMON_SETTINGS += ["weight_decay", "max_grad_norm", "seed"]
 NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
@@ -171,7 +190,7 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     lora, run = read_json(folder / "adapter_config.json"), read_run(folder)
-    trained, stage = settings_of(run), run["stage"] if run.get("stage") in ("sft", "dpo") else ""
+    trained, stage = settings_of(run), run["stage"] if run.get("stage") in tuple(KINDS) else ""
     precision, weights = PRECISIONS[trained.get("bits", base["bits"])]
     names = [name for name in (*CARD_SETTINGS.get(stage, ()), *COMMON_SETTINGS) if name in trained]
     measured: dict[str, Any] = {"arm": arm}
@@ -185,11 +204,18 @@ def model_card(
         others = ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside)
         measured |= {"users": f"{metrics['users']:,}", "seeds": found["seeds"], "others": others}
         measured |= {"cells": {heading(name): value for name, value in cells.items()}, "fast": base["fast"]}
-        measured |= {"precision": PRECISIONS[base["bits"]][0], "sentence": metrics.get("sentence")}
+        measured |= {"precision": PRECISIONS[base["bits"]][0], "sha256": file_sha256(folder / WEIGHTS)}
+        measured |= {"sentence": metrics["sentence"] if arm in compared(metrics) else None}
         about = {"task_type": "text-generation", "dataset_type": "movielens"}
         about["dataset_name"] = "film pairs of held-out users, both orders"
         shown = [name for name in MAIN_MEASURES if name in cells]
-        results = [EvalResult(**about, metric_type=n, metric_name=heading(n), metric_value=cells[n]) for n in shown]
+        results = [
+            EvalResult(
+                **about, metric_type=name, metric_name=heading(name), metric_value=found[name]["value"],
+                metric_args={"interval_95": [found[name]["low"], found[name]["high"]]},
+            )
+            for name in shown
+        ]  # fmt: skip
         index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
         limits += card_limits(arm, metrics)
@@ -205,18 +231,23 @@ def model_card(
         known=bool(names) and isinstance(run.get("data"), dict), names=names,
         plain=lambda value: plain(value) or "not known",
         precision=precision, weights=weights,
-        stem=STEM, prompt=prompt,
+        stem=STEM, prompt=prompt, kind=KINDS.get(stage, ""),
         measured=measured if metrics is not None else None, limits=limits,
     )
     return str(card) + "\n"
 
 
+def compared(metrics: dict[str, Any]) -> tuple[str, ...]:
+    """The arms that the verdicts are on."""
+    return ("sft", "dpo", metrics["control"]) if "verdict" in metrics else ()
+
+
 def card_limits(arm: str, metrics: dict[str, Any]) -> list[str]:
     """The caveats that concern an arm, and how many of its decisions another precision keeps, where measured."""
-    found = caveats_of(arm, metrics)
-    if arm in ("sft", "dpo"):
-        other = "sft " if arm == "dpo" else "dpo "
-        found = [caveat for caveat in metrics.get("caveats", []) if not caveat.startswith(other)]
+    found = caveats_of(arm, metrics) + caveats_of_baselines(arm, metrics)
+    if arm in compared(metrics):
+        others = tuple(f"{name}{mark}" for name in metrics["arms"] if name != arm for mark in (" ", "'s "))
+        found = [caveat for caveat in metrics["caveats"] if not caveat.startswith(others)]
     for name, measures in metrics["arms"].items():
         if name.startswith(f"{arm}@"):
             kept = cell(measures["precision_consistency"], "%")

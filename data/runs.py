@@ -5,6 +5,7 @@ A run.json may be somebody else's: what it does not say, or says in another form
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -92,10 +93,14 @@ def what_is_there(folder: Path, stage: str, asked: dict[str, Any], restart: bool
 
 
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make a stage's checkpoints folder ready; UserError if it holds an unfinished run of another identity."""
-    for checkpoint in folder.glob("checkpoint-*") if restart else ():
-        shutil.rmtree(checkpoint)
+    """Make a stage's checkpoints folder ready for a run of this identity.
+
+    Raises:
+        UserError: it holds an unfinished run of another identity, which `restart` would throw away.
+    """
     others = differing(read_json(folder / RUN), identity)
+    for checkpoint in folder.glob("checkpoint-*") if others and restart else ():
+        shutil.rmtree(checkpoint)
     if others and last_whole_checkpoint(folder):
         remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
         raise UserError(f"{folder} holds an unfinished run with {others}", f"Run it with what it had, {remedy}")
@@ -146,42 +151,21 @@ def notes_of(run: dict[str, Any]) -> list[str]:
     return [f"{kind}: {printable(str(text))}" for kind, text in listed]
 
 
-def notes_on(adapters: Adapters, bits: int) -> list[str]:
-    """What the predictions cannot show of the adapters and their reader must know."""
-    return notes_on_rows_seen(adapters) + notes_on_training(adapters, bits)
-
-
 class Lineage(NamedTuple):
-    """Where a run comes from: the arm that DPO is referred to and its beta ("" and None for SFT), and the pairs that it
-    has seen in training, those of its start included (None where that is not known)."""
+    """Where a run comes from, for predictions.csv; empty or nan where it is not known."""
 
-    reference: str
-    beta: float | None
-    pairs_seen: int | None
+    reference: str = ""  # of DPO, the arm that it is referred to: sft or base
+    beta: float = math.nan
+    pairs_seen: float = math.nan  # in all of its training, its start's included
 
 
 def lineage(folder: Path) -> Lineage:
     """Where the adapter in a folder comes from, by its run.json."""
     run = read_run(folder)
-    settings, seen = settings_of(run), rows_seen(folder) or None
-    if run.get("stage") != "dpo" or not isinstance(settings.get("beta"), int | float):
-        return Lineage("", None, seen)
-    return Lineage("sft" if run.get("initial_adapter") else "base", float(settings["beta"]), seen)
-
-
-def notes_on_rows_seen(adapters: Adapters) -> list[str]:
-    """Whether DPO and the arms of SFT have seen as many pairs."""
-    seen = {arm: max(map(rows_seen, folders.values())) for arm, folders in adapters.items()}
-    of_sft = {arm: rows for arm, rows in seen.items() if rows and (arm == "sft" or arm.startswith("sft_"))}
-    dpo, notes = seen.get("dpo", 0), []
-    if of_sft and dpo > max(of_sft.values()):
-        listed = " and ".join(f"{arm} {rows:,}" for arm, rows in of_sft.items())
-        longer = "an arm of longer SFT, named sft_long or the like, would tell DPO from more training"
-        notes.append(f"dpo has seen {dpo:,} pairs in training, its SFT start included, and {listed}: {longer}")
-    for arm, rows in of_sft.items():
-        if rows > dpo > 0:
-            notes.append(f"{arm} has seen {rows:,} pairs in training, more than dpo with its SFT start ({dpo:,})")
-    return notes
+    beta, seen = settings_of(run).get("beta"), float(rows_seen(folder) or math.nan)
+    if run.get("stage") != "dpo" or not isinstance(beta, int | float):
+        return Lineage(pairs_seen=seen)
+    return Lineage("sft" if run.get("initial_adapter") else "base", float(beta), seen)
 
 
 def rows_seen(folder: Path) -> int:
@@ -194,8 +178,8 @@ def rows_seen(folder: Path) -> int:
     return sum(seen) if all(isinstance(rows, int) for rows in seen) else 0
 
 
-def notes_on_training(adapters: Adapters, bits: int) -> list[str]:
-    """Unexpected training: runs of an arm not alike, other bits, or DPO from another SFT than the one beside it."""
+def notes_on(adapters: Adapters, bits: int) -> list[str]:
+    """What predictions cannot show: runs of an arm not alike, other bits, or DPO from another SFT than beside it."""
     notes = []
     for arm, folders in adapters.items():
         runs = [read_run(folder) for folder in folders.values()]

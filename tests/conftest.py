@@ -47,8 +47,9 @@ def predictions_of(**arms: np.ndarray) -> pd.DataFrame:
     """Rows of predictions.csv from decision margins (users, orders)."""
     pairs = make_pairs(len(next(iter(arms.values()))))
     counts = film_counts(pairs)
-    rows = [prediction_rows(arm, "model", "1", "own", pairs, counts, margin, margin) for arm, margin in arms.items()]
-    return pd.concat(rows)
+    nothing = np.zeros((len(pairs), 2))  # log p of the rejected responses
+    about = ("model", "1", "own", pairs, counts)
+    return pd.concat([prediction_rows(arm, *about, margin, margin, nothing) for arm, margin in arms.items()])
 
 
 def error_of(run, capsys) -> str:
@@ -153,7 +154,7 @@ def evaluated(trained, tmp_path_factory: pytest.TempPathFactory) -> config.Evalu
 
     _, flags, outputs = trained
     mine = [*flags, "--outputs", str(shutil.copytree(outputs, tmp_path_factory.mktemp("evaluated") / "outputs"))]
-    evaluate_dpo.main([*mine, "--resamples", "50"])
+    evaluate_dpo.main([*mine])
     return config.parse_settings(config.EvaluationSettings, mine)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import REAL_PAIRS, make_pairs
 
@@ -18,6 +19,7 @@ def test_baselines_on_the_real_pairs():
     assert accuracy["popularity"] == pytest.approx(0.83, abs=0.02)
     assert 0.7 < accuracy["co-occurrence"] < 0.8
     assert 0.6 < accuracy["genre overlap"] < 0.75
+    assert accuracy["learned"] > 0.87
 
 
 def test_each_baseline_takes_the_film_that_its_counts_say():
@@ -31,7 +33,7 @@ def test_each_baseline_takes_the_film_that_its_counts_say():
     train += [Pair((*others[:4], f"Mine {number} (1992)"), heat, last) for number in range(3)]
     margins = baseline_margins(train, [Pair((*history[:4], "New (1993)"), alien, heat)])
     assert tuple(margins) == BASELINES
-    assert {arm: margin.tolist() for arm, margin in margins.items()} == {
+    assert {arm: margin.tolist() for arm, margin in margins.items() if arm != "learned"} == {
         "always A": [[1, -1]],
         "genre overlap": [[1, 1]],
         "co-occurrence": [[4, 4]],
@@ -50,4 +52,27 @@ def test_a_user_with_several_pairs_counts_once():
 def test_baselines_are_fitted_on_the_training_part_only():
     pairs = make_pairs(30)
     margins = baseline_margins([], pairs)
-    assert not margins["popularity"].any() and not margins["co-occurrence"].any() and not margins["genre overlap"].any()
+    assert not any(margins[arm].any() for arm in BASELINES[1:])
+    changed = [replace(pair, other=make_pairs(60)[40].other) for pair in pairs[:5]]
+    train = make_pairs(60)[30:]
+    of_all, of_few = (baseline_margins(train, test)["learned"][5:] for test in (pairs, [*changed, *pairs[5:]]))
+    assert (of_all == of_few).all(), "whatever else is tested"
+
+
+def test_learned_looks_at_films_and_not_at_their_place():
+    pairs = make_pairs(60)
+    turned = [replace(pair, preferred=pair.other, other=pair.preferred) for pair in pairs]
+    one, other = (baseline_margins(pairs[:40], test)["learned"] for test in (pairs[40:], turned[40:]))
+    assert one == pytest.approx(-other) and one.any()
+
+
+def test_a_training_row_does_not_see_itself():
+    """Every user watched films that nobody else did: their own counts would name the preferred film, others' none."""
+    pairs = []
+    for user in range(200):
+        history = tuple(f"Film {user} {number} (1990)" for number in range(5))
+        films = [Movie(f"{name} {user} (1990)", ("Drama",)) for name in ("Seen", "Other")]
+        pairs.append(Pair(history, *films))
+    popular = [replace(pair, other=pairs[0].preferred) for pair in pairs[100:]]
+    margins = baseline_margins(pairs, popular)["learned"]
+    assert np.abs(margins).max() < 0.1, "a count of one says nothing"

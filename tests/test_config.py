@@ -88,8 +88,8 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
 
 def test_a_settings_file_may_stand_anywhere_and_serve_both_scripts(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
-    path.write_text("preset: small\nbeta: 0.5\nresamples: 20\n")
-    assert parse_settings(EvaluationSettings, [str(path)]).resamples == 20
+    path.write_text("preset: small\nbeta: 0.5\nbatch_users: 3\n")
+    assert parse_settings(EvaluationSettings, [str(path)]).batch_users == 3
     for flags in (["--seed", "1", str(path)], ["--check", str(path)], [str(path), "--seed=1"]):
         assert parse_settings(TrainingSettings, flags).beta == 0.5
     assert parse_settings(TrainingSettings, ["--beta", "0.2", str(path)]).beta == 0.2, "a flag overrides the file"

@@ -31,7 +31,7 @@ def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):
     scored = evaluate_dpo.predict_with(arms, train, test[:4], 2)
     keys = ["arm", "pair_id", "order"]
     both = scored.merge(predictions, on=keys, suffixes=("", "_recorded"))
-    assert len(both) == len(scored) == 7 * 4 * 2
+    assert len(both) == len(scored) == 8 * 4 * 2
     for name in MARGINS:
         assert np.allclose(both[name], both[f"{name}_recorded"], atol=2e-4, equal_nan=True)
     steps = evaluate_dpo.side_by_side(arms, test[2])
@@ -148,7 +148,7 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     recorded = read_predictions(evaluation / "predictions.csv")
     recorded.to_csv(published / "predictions.csv.gz", index=False)
     pd.testing.assert_frame_equal(display.read_results(published)[1], recorded)
-    assert len(recorded) == 7 * 18 * 2
+    assert len(recorded) == 8 * 18 * 2
     runs = training_runs(published)
     assert list(runs) == ["main_seed1"]
     assert evaluate_dpo.settings_of_results(published, runs, "o").base_model == evaluated.base_model

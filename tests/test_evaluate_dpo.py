@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,14 @@ import config
 import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings
+from data.baselines import BASELINES
 from data.bases import original_name
 from data.errors import UserError
 from data.figures import draw_all
 from data.files import file_sha256, write_json
 from data.measures import OF_ANSWERS, compute_metrics, wins
 from data.pairs import ORDERS, STEM, preference_row, preference_rows
+from data.predictions import COLUMNS, LOG_PROBS, read_predictions
 from data.runs import WEIGHTS
 from data.tokens import pair_tree
 
@@ -46,14 +49,15 @@ def test_scores_equal_those_of_plain_forward_passes(scorer):
     model, tokenizer = scorer
     pairs = make_pairs(7)
     trees = [pair_tree(pair, tokenizer) for pair in pairs]
-    decision, response = evaluate_dpo.score(model.eval(), trees, batch_users=3, description="test")
-    assert decision.shape == response.shape == (7, 2)
+    scores = evaluate_dpo.score(model.eval(), trees, batch_users=3, description="test")
+    assert scores.shape == (3, 7, 2)
+    decision, chosen, rejected = scores
     for user, pair in enumerate(pairs):
         for index, order in enumerate(ORDERS):
             row = preference_row(pair, order)
-            texts = (row["chosen"], row["rejected"])
-            chosen, rejected = (plain_log_prob(model, tokenizer, row["prompt"], text) for text in texts)
-            assert response[user, index] == pytest.approx(chosen - rejected, abs=2e-4)
+            for name, found in (("chosen", chosen), ("rejected", rejected)):  # of what follows the stem
+                whole = plain_log_prob(model, tokenizer, row["prompt"] + STEM, row[name].removeprefix(STEM))
+                assert found[user, index] == pytest.approx(whole, abs=2e-4)
             ids = tokenizer(row["prompt"] + STEM, return_tensors="pt")["input_ids"]
             letters = {letter: tokenizer(f" {letter}")["input_ids"][0] for letter in ORDERS}
             with torch.no_grad():
@@ -104,7 +108,7 @@ def test_a_model_that_always_says_a_scores_exactly_half(scorer):
         return logits.index_fill(-1, torch.tensor([letter]), 100.0)
 
     hook = model.get_output_embeddings().register_forward_hook(prefer_a)
-    decision, _ = evaluate_dpo.score(model.eval(), trees, 4, "always A")
+    decision, *_ = evaluate_dpo.score(model.eval(), trees, 4, "always A")
     hook.remove()
     assert wins(decision).mean() == 0.5
     assert (decision[:, 0] > 0).all() and (decision[:, 1] < 0).all()
@@ -155,14 +159,14 @@ def test_two_adapters_on_one_base_score_as_each_alone(trained):
         model, tokenizer = config.load_model(settings, torch.float32)
         trees = [pair_tree(pair, tokenizer) for pair in test]
         model = evaluate_dpo.load_adapter(model, stage, adapter_of(flags, stage))
-        alone[stage] = evaluate_dpo.score(model, trees, 4, stage)[1]
+        _, *alone[stage] = evaluate_dpo.score(model, trees, 4, stage)
     predictions, generated, seconds, mismatches = predicted(flags)
     assert mismatches == [] and generated is None
     assert {"loading", "scoring base", "scoring sft 3407", "scoring dpo 3407"} == set(seconds)
     predictions = predictions[predictions["history"] == "own"]
     for stage in ("sft", "dpo"):
-        together = predictions.loc[predictions["arm"] == stage, "response_margin"].to_numpy()
-        assert np.allclose(together, alone[stage].ravel(), atol=1e-5)
+        together = predictions.loc[predictions["arm"] == stage, list(LOG_PROBS)].to_numpy()
+        assert np.allclose(together, np.reshape(alone[stage], (2, -1)).T, atol=1e-5)
     assert not np.allclose(alone["sft"], alone["dpo"], atol=1e-5)
 
 
@@ -191,7 +195,7 @@ def test_other_arms_can_be_evaluated_without_the_usual_two(trained, tmp_path):
 
 def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tmp_path, capsys):
     _, flags = mine
-    quick = [*flags, "--resamples", "20"]
+    quick = [*flags]
     with pytest.raises(UserError, match="it may have seen the test pairs"):
         evaluate_dpo.main([*flags, "--test_share", "0.4"])
     evaluate_dpo.main([*quick, "--test_share", "0.4", "--allow_mismatch", "true", "--fast", "true"])
@@ -280,7 +284,7 @@ def test_one_arm_of_several_seeds(trained, tmp_path):
     dpo = predictions[predictions["arm"] == "dpo"]
     assert list(dpo.groupby(["seed", "history"]).size()) == [36] * 4
     assert dpo[dpo["history"] == "stranger"]["response_margin"].isna().all()
-    metrics = compute_metrics(predictions, 50, 0)
+    metrics = compute_metrics(predictions)
     assert metrics["arms"]["dpo"]["personalisation_gap"]["value"] is not None
     draw_all(predictions, metrics)["seeds"].savefig(tmp_path / "seeds.pdf")
 
@@ -305,32 +309,37 @@ def test_what_was_scored_and_what_it_is_of_is_on_disk_before_anything_is_made_of
     _, flags = mine
     monkeypatch.setattr(evaluate_dpo, "compute_metrics", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluate_dpo.main([*flags, "--resamples", "20"])
+        evaluate_dpo.main([*flags])
     evaluation = tmp_path / "outputs" / "evaluation"
-    assert len(pd.read_csv(evaluation / "predictions.csv")) == 7 * 18 * 2
+    assert len(pd.read_csv(evaluation / "predictions.csv")) == 8 * 18 * 2
     assert json.loads((evaluation / "run.json").read_text())["mismatches"] == []
 
 
 def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     _, flags = mine
     folder = tmp_path / "outputs" / "evaluation"
-    evaluate_dpo.main([*flags, "--resamples", "200", "--adapters", f"again={adapter_of(flags)}"])
+    evaluate_dpo.main([*flags, "--adapters", f"again={adapter_of(flags)}"])
     out = capsys.readouterr().out
-    arms = ["always A", "genre overlap", "co-occurrence", "popularity", "base", "sft", "dpo", "again"]
+    arms = [*BASELINES, "base", "sft", "dpo", "again"]
     assert [line[:13].strip() for line in out.splitlines() if line[:13].strip() in arms] == arms
     assert "verdict: " in out.splitlines()[-3]
 
     predictions = pd.read_csv(folder / "predictions.csv")
     assert list(predictions) == [
-        *("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin", "response_margin"),
-        "preferred_more_popular",
+        *("arm", "kind", "seed", "user_id", "pair_id", "order", "history", "decision_margin", "chosen_log_prob"),
+        *("rejected_log_prob", "preferred_count", "other_count", "reference", "beta", "pairs_seen"),
     ]
     assert len(predictions) == len(arms) * 18 * 2
+    of_training = predictions.drop_duplicates("arm").set_index("arm")[["reference", "beta", "pairs_seen"]]
+    assert of_training.loc["dpo"].tolist() == ["sft", 0.1, 24] and of_training.loc["sft", "pairs_seen"] == 12
+    assert of_training.loc[[*BASELINES]].isna().all(axis=None)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["arms"]) == arms
     assert metrics["arms"]["popularity"]["brier_score"]["value"] is None
     assert metrics["arms"]["always A"]["ranking_accuracy"] == {"value": 50, "low": 50, "high": 50}
     assert metrics["arms"]["again"] == metrics["arms"]["dpo"]
+    assert metrics["verdict"].endswith(" (these adapters)") and metrics["control_verdict"] == "no control was trained"
+    assert metrics["arms"]["dpo"]["chosen_change"]["value"] is not None
     drawn = {path.name for path in (folder / "figures").iterdir()}
     names = ("accuracy", "popularity", "position_bias", "reliability", "margins")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
@@ -341,7 +350,7 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     before = (folder / "metrics.json").read_bytes()
     saved = tmp_path / "predictions.csv"
     saved.write_bytes((folder / "predictions.csv").read_bytes())
-    anew = [*flags, "--resamples", "200", "--from_predictions", str(saved)]
+    anew = [*flags, "--from_predictions", str(saved)]
     evaluate_dpo.main([*anew, "--outputs", str(tmp_path / "again")])
     assert (tmp_path / "again" / "evaluation" / "metrics.json").read_bytes() == before
 
@@ -353,9 +362,24 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
 
 
+def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_figures, tmp_path, capsys):
+    rows = read_predictions(config.evaluation_folder(evaluated) / "predictions.csv")
+    rows.to_csv(tmp_path / "first.csv", index=False, columns=COLUMNS[1])
+    place = ["--preset", "small", "--outputs", str(tmp_path)]
+    evaluate_dpo.main([*place, "--from_predictions", str(tmp_path / "first.csv")])
+    assert "\nnote: these predictions are of version 1: every pair counts as a user" in capsys.readouterr().out
+    first, second = (
+        json.loads((folder / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]
+        for folder in (tmp_path, Path(evaluated.outputs))
+    )
+    assert first["ranking_accuracy"] == second["ranking_accuracy"]
+    assert first["chosen_change"]["value"] is None and second["chosen_change"]["value"] is not None
+    assert (tmp_path / "evaluation" / "predictions.csv").read_text() == (tmp_path / "first.csv").read_text()
+
+
 def test_a_second_precision_is_scored_and_compared_with_the_first(mine, no_figures, tmp_path, monkeypatch):
     _, flags = mine
-    evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16"])
+    evaluate_dpo.main([*flags, "--second_bits", "16"])
     metrics = json.loads((tmp_path / "outputs" / "evaluation" / "metrics.json").read_text())
     rows = pd.read_csv(tmp_path / "outputs" / "evaluation" / "predictions.csv")
     right = {arm: (rows.loc[rows["arm"] == arm, "decision_margin"] > 0).to_numpy() for arm in ("dpo", "dpo@16bit")}
@@ -363,7 +387,11 @@ def test_a_second_precision_is_scored_and_compared_with_the_first(mine, no_figur
     assert metrics["arms"]["dpo@16bit"]["precision_consistency"]["value"] == pytest.approx(same, abs=1e-4)
     assert metrics["arms"]["dpo"]["precision_consistency"]["value"] is None
     assert {"dpo - sft", "dpo@16bit - sft@16bit", "base@16bit - sft@16bit"} <= set(metrics["comparisons"])
-    margins = [rows.loc[rows["arm"] == arm, "response_margin"].to_numpy() for arm in ("dpo", "dpo@16bit")]
+    assert metrics["arms"]["dpo@16bit"]["dpo_temperature"].keys() >= {"value", "low", "high"}
+    log_probs = {arm: rows.loc[rows["arm"] == arm, "chosen_log_prob"].to_numpy() for arm in right | {"sft@16bit": 0}}
+    change = np.mean(log_probs["dpo@16bit"] - log_probs["sft@16bit"])
+    assert metrics["arms"]["dpo@16bit"]["chosen_change"]["value"] == pytest.approx(change, abs=1e-5)
+    margins = [log_probs[arm] for arm in ("dpo", "dpo@16bit")]
     assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
     with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
         config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])

@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_in_the_final_save_leaves_the_earlier_adapter(train
         assert "the disk is full" in error_of(lambda: train_dpo.main(flags), capsys)
     assert (folder / "run.json").read_bytes() == before
     assert not list(folder.parent.glob(f".{folder.name}.*"))
-    train_dpo.main([*flags, "--restart", "true"])
+    train_dpo.main(flags)
     run = json.loads((folder / "run.json").read_text())
     assert (run["resumed_from_step"], run["steps"]) == (3, 3), "with space again nothing is trained, only saved"
 
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_in_the_final_save_leaves_the_earlier_adapter(train
 def test_an_output_folder_that_cannot_be_made(training_flags, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     said = error_of(lambda: train_dpo.main([*training_flags, "--outputs", str(tmp_path / "file")]), capsys)
-    assert said.startswith("cannot read or write: ") and str(tmp_path / "file") in said
+    assert f"{tmp_path / 'file'} is no folder that you may write to" in said
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -23,11 +23,12 @@ def predictions() -> pd.DataFrame:
     rows = pd.concat([baseline, *runs], ignore_index=True)
     popular = rows["pair_id"].factorize()[0] % 2 == 0
     response = rows["decision_margin"].where(rows["kind"] == "model") + 0.5
-    return rows.assign(response_margin=response, preferred_more_popular=np.where(popular, "true", "false"))
+    counts = {"preferred_count": 3, "other_count": np.where(popular, 2, 9)}
+    return rows.assign(response_margin=response, preferred_more_popular=np.where(popular, "true", "false"), **counts)
 
 
 def metrics_of(predictions: pd.DataFrame) -> dict:
-    return judge(compute_metrics(predictions, 50, 0))
+    return judge(compute_metrics(predictions))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_every_figure_is_drawn_that_the_results_allow(predictions, figures):
     assert set(figures) == ALWAYS | {"reliability", "margins", "seeds"}
     assert all(figure.axes[0].get_xlabel() for figure in figures.values())
     metrics = metrics_of(predictions)
-    assert set(draw_all(None, metrics)) == ALWAYS
+    assert set(draw_all(None, metrics)) == ALWAYS | {"seeds"}
     one_run = predictions[predictions["seed"].isin(["", "1"])]
     assert set(draw_all(one_run, metrics_of(one_run))) == ALWAYS | {"reliability", "margins"}
     one_arm = predictions[predictions["arm"] != "sft"]
@@ -55,7 +56,7 @@ def test_every_figure_is_drawn_that_the_results_allow(predictions, figures):
     ("name", "measures"),
     [
         ("accuracy", ["ranking_accuracy", "response_accuracy"]),
-        ("popularity", ["accuracy_with_popularity", "accuracy_against_popularity"]),
+        ("popularity", ["accuracy_with_popularity", "accuracy_against_popularity", "accuracy_similar_popularity"]),
         ("position_bias", ["position_bias"]),
     ],
 )
@@ -107,14 +108,24 @@ def test_reliability_is_of_option_a_wherever_the_preferred_film_stands():
 def test_figures_are_written_for_screen_and_print(predictions, tmp_path):
     plot_all(None, metrics_of(predictions), tmp_path / "figures")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {f"{name}.{ending}" for name in ALWAYS for ending in ("png", "pdf")}
+    assert drawn == {f"{name}.{ending}" for name in ALWAYS | {"seeds"} for ending in ("png", "pdf")}
 
 
 def test_the_loss_of_sft_is_drawn_so_that_its_end_can_be_read():
     history = [{"step": step, "loss": loss} for step, loss in enumerate((3.0, 1.0, 0.02, 0.015), 1)]
     assert draw_losses(history, "sft").axes[0].get_yscale() == "log"
     history = [{"step": step, "loss": loss, "rewards/margins": 0.1} for step, loss in enumerate((0.69, 0.6, 0.5), 1)]
-    assert [axis.get_yscale() for axis in draw_losses(history, "dpo").axes] == ["linear"] * 3
+    assert [axis.get_yscale() for axis in draw_losses(history, "dpo").axes] == ["linear"] * 4
+
+
+def test_the_log_of_dpo_shows_both_responses_and_the_loss_of_a_policy_that_is_its_reference():
+    entry = {"loss": 0.69, "logps/chosen": -40.0, "logps/rejected": -42.0, "eval_logps/chosen": -41.0}
+    loss, log_probs, *_ = draw_losses([{"step": step} | entry for step in (1, 2)], "dpo").axes
+    heights = {line.get_label(): line.get_ydata()[0] for line in (*loss.lines, *log_probs.lines)}
+    assert heights["ln 2"] == pytest.approx(np.log(2))
+    shown = ("chosen, training", "rejected, training", "chosen, held out")
+    assert [heights[label] for label in shown] == [-40, -42, -41]
+    assert {text.get_text() for text in log_probs.get_legend().get_texts()} == set(shown)
 
 
 def test_losses_of_training_and_of_held_out_pairs_are_told_apart():

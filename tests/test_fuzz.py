@@ -10,33 +10,38 @@ from hypothesis import strategies as st
 
 from data.errors import UserError
 from data.measures import MEASURES, compute_metrics
-from data.predictions import KEY, read_predictions
+from data.predictions import COLUMNS, as_csv, read_predictions
 from data.report import latex, report, summary, table
 from data.verdict import judge
 
-COLUMNS = ["arm", "kind", "seed", *KEY[2:], "decision_margin", "response_margin", "preferred_more_popular"]
 models = [("sft", "model", "1"), ("dpo", "model", "1"), ("dpo", "model", "2"), ("base", "model", "")]
 arms = st.sampled_from([*models, ("popularity", "baseline", ""), ("dpo@16bit", "model", "1")])
 margins = st.floats(-50, 50) | st.sampled_from([0.0, 1e300, -1e-300, math.nan, math.inf, 999_999.0])
 cells = ["", "x", "nan", "-1", "own", "stranger", "A", '"', "1,2", "\x00", "\n", "baseline"]
 
 
-def predictions_text(runs: list[tuple[str, str, str]], users: int, values: list[float]) -> str:
+def predictions_text(version: int, runs: list[tuple[str, str, str]], users: int, values: list[float]) -> str:
+    """Rows of a version; in the second, two pairs in three are of one user, and DPO is referred to SFT."""
     rows = []
-    for run in runs:
-        for user in range(users):
+    for arm, kind, seed in runs:
+        reference, beta = ("sft", 0.1) if arm.startswith("dpo") else ("", "")
+        for pair in range(users):
             for order in "AB":
-                decision, response = (values[(len(rows) * 2 + k) % len(values)] for k in (0, 1))
-                popular = ["true", "false", "tie"][user % 3]
-                rows.append([*run, f"u{user}", order, "own", decision, response, popular])
-    return pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
+                decision, chosen, rejected = (values[(len(rows) * 3 + k) % len(values)] for k in range(3))
+                row = {"arm": arm, "kind": kind, "seed": seed, "user_id": f"u{max(pair, 2)}", "pair_id": f"p{pair}"}
+                row |= {"order": order, "history": "own", "decision_margin": decision, "response_margin": chosen}
+                row |= {"chosen_log_prob": chosen, "rejected_log_prob": rejected, "preferred_count": pair}
+                row |= {"other_count": 1, "reference": reference, "beta": beta, "pairs_seen": 10 * len(arm)}
+                rows.append(row | {"preferred_more_popular": ["true", "false", "tie"][pair % 3]})
+    return pd.DataFrame(rows)[list(COLUMNS[version])].to_csv(index=False)
 
 
 @st.composite
 def damaged_predictions(draw) -> bytes:
     runs = draw(st.lists(arms, min_size=1, max_size=5, unique=True))
     values = draw(st.lists(margins, min_size=1, max_size=9))
-    lines = predictions_text(runs, draw(st.integers(1, 4)), values).splitlines(keepends=True)
+    version = draw(st.sampled_from([1, 2]))
+    lines = predictions_text(version, runs, draw(st.integers(1, 6)), values).splitlines(keepends=True)
     for _ in range(draw(st.integers(0, 2))):
         number = draw(st.integers(0, len(lines) - 1))
         row = lines[number].rstrip("\n").split(",")
@@ -55,7 +60,8 @@ def test_any_predictions_give_valid_measures_or_the_documented_error(tmp_path, c
     except UserError as error:
         assert len(str(error).splitlines()) == 2
         return
-    metrics = judge(compute_metrics(predictions, resamples=20, seed=1))
+    assert as_csv(predictions)
+    metrics = judge(compute_metrics(predictions))
     json.dumps(metrics, allow_nan=False)
     for measures in metrics["arms"].values():
         for name, (_, unit) in MEASURES.items():

@@ -4,9 +4,17 @@ import pytest
 from conftest import make_pairs
 
 from data.errors import UserError
-from data.predictions import generation_rows, genre_pattern, read_predictions
+from data.predictions import COLUMNS, as_csv, generation_rows, genre_pattern, left_out, read_predictions
 
-HEADER = "arm,kind,seed,pair_id,order,history,decision_margin,response_margin,preferred_more_popular\n"
+HEADER = ",".join(COLUMNS[1]) + "\n"
+SECOND = ",".join(COLUMNS[2]) + "\n"
+
+
+def row(arm="dpo", seed="1", user="u", pair="x", order="A", margin="1", counts="3,1", about="sft,0.1,90") -> str:
+    return f"{arm},model,{seed},{user},{pair},{order},own,{margin},-20,-21.5,{counts},{about}\n"
+
+
+WHOLE = SECOND + "".join(row(user=f"u{pair}", pair=pair, order=order) for pair in "xy" for order in "AB")
 
 
 @pytest.mark.parametrize(
@@ -18,6 +26,13 @@ HEADER = "arm,kind,seed,pair_id,order,history,decision_margin,response_margin,pr
         (HEADER + "sft,model,,x,C,own,1,1,true\n", "neither A nor B"),
         (HEADER + "sft,model,,x,A,own,1,1,true\n" * 2, "two rows for the same"),
         (HEADER + "sft,model,,x,A,own,high,1,true\n", "cannot read"),
+        (SECOND.replace("beta,", "") + row(about="sft,90"), "has no column beta"),
+        (WHOLE.replace("3,1", "3,", 1), "count that is missing or no whole number"),
+        (WHOLE.replace("3,1", "2.5,1", 1), "count that is missing or no whole number"),
+        (WHOLE.replace("sft,0.1", "base,0.1", 1), "two references, betas or pairs_seen for one run"),
+        (WHOLE.replace(",uy,", ",ux,"), "of two users at least"),
+        (WHOLE.replace(",uy,y,B", ",uz,y,B"), "has a pair of two users"),
+        (WHOLE.replace(",own,1,", ",own,,", 1), "margin that is missing"),
     ],
 )
 def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem):
@@ -25,6 +40,22 @@ def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem)
     path.write_text(content)
     with pytest.raises(UserError, match=problem):
         read_predictions(path)
+
+
+def test_both_versions_are_read_and_written_as_they_are(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(WHOLE)
+    rows = read_predictions(path)
+    assert set(rows["response_margin"]) == {1.5} and set(rows["preferred_more_popular"]) == {"true"}
+    path.write_text(as_csv(rows))
+    assert path.read_text().startswith(SECOND) and read_predictions(path).equals(rows) and left_out(rows) == []
+    first = HEADER + "".join(f"sft,model,1,{pair},{order},own,1.5,2.5,tie\n" for pair in "xy" for order in "AB")
+    path.write_text(first)
+    rows = read_predictions(path)
+    assert list(rows["user_id"]) == list(rows["pair_id"]) and rows["chosen_log_prob"].isna().all()
+    assert as_csv(rows) == first
+    [note] = left_out(rows)
+    assert note.startswith("note: these predictions are of version 1: every pair counts as a user")
 
 
 def test_generated_answers_are_read_by_what_they_recommend_and_cite():

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 import config
 import evaluate_dpo
 from config import EvaluationSettings, preset_settings
+from data.files import file_sha256
 from data.measures import MEASURES, OF_ANSWERS, compute_metrics
 from data.report import (
     CARD_MARK,
@@ -25,6 +26,7 @@ from data.report import (
     table,
     write_card,
 )
+from data.runs import WEIGHTS
 from data.tokens import pair_tree
 from data.verdict import judge
 
@@ -41,14 +43,14 @@ def study(trained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate_dpo, "plot_all", lambda *_: None)
         again = f"again={adapter_of(flags)}"
-        evaluate_dpo.main([*flags, "--resamples", "50", "--second_bits", "16", "--adapters", again])
+        evaluate_dpo.main([*flags, "--second_bits", "16", "--adapters", again])
     return flags, json.loads((folder / "outputs" / "evaluation" / "metrics.json").read_text())
 
 
 def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     rows = predictions_of(sft=np.tile([-1.0, 1.0], (40, 1)), sft_long=np.ones((40, 2)), dpo=np.ones((40, 2)))
     rows["response_margin"] = np.nan
-    metrics = judge(compute_metrics(rows, 50, 0))
+    metrics = judge(compute_metrics(rows))
     lines = table(metrics).splitlines()
     assert [line.split()[0] for line in (lines[0], *lines[2:])] == ["arm", *metrics["arms"]]
     tex = latex(metrics)
@@ -57,6 +59,8 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.25)}
     text = report(metrics, answers, ["note: of <b>"], "a model in 4 bits")
     assert "| measure | sft | sft_long | dpo |" in text and "**Note:** of &lt;b&gt;" in text
+    assert "| ranking accuracy (%) of each run | seed 1 |" in text and "| sft_long | 100.0 |" in text
+    assert "| dpo - sft_long |" in text and "| PARTIAL: comparable (these adapters) |" not in text, "too few users"
     assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of a model in 4 bits." in text
     assert all(line in text for line in summary(metrics, "a model in 4 bits").splitlines())
     assert "DPO and SFT of a model in 4 bits reached" in text and "a model" not in metrics["sentence"]
@@ -91,17 +95,19 @@ def test_evaluation_writes_a_card_with_the_measures_of_its_arm(study):
         known = (card.data.library_name, card.data.base_model)
         assert known == ("peft", None), "the Hub refuses a folder as base model"
         assert {"movielens", arm} <= set(card.data.tags) and other not in card.data.tags
-        results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        results = {result.metric_type: result for result in card.data.eval_results}
         for name in MAIN_MEASURES:
-            label, unit = MEASURES[name]
-            assert results[name] == cell(metrics["arms"][arm][name], unit)
-            assert f"| {label} ({unit}) | {results[name]} |" in text
+            (label, unit), found = MEASURES[name], metrics["arms"][arm][name]
+            assert results[name].metric_value == found["value"], "a number, as the Hub expects"
+            assert results[name].metric_args == {"interval_95": [found["low"], found["high"]]}
+            assert f"| {label} ({unit}) | {cell(found, unit)} |" in text
+        assert f"weights of sha256 `{file_sha256(adapter_of(flags, arm) / WEIGHTS)}`" in text
         assert "personalisation" not in text and "a stranger's" not in text, "not measured"
         for part in ("GroupLens", "10.1145/2827872", "forbids redistribution"):
             assert part in text
         for part in ("18 users", "both orders", "4-bit (NF4)", "seed 3407"):
             assert part in text
-        assert "- one training run an arm" in text
+        assert "- fewer than 3 training runs" in text
         assert not re.search(rf"^- {other} ", text, re.M), "a caveat of the other arm"
         kept = cell(metrics["arms"][f"{arm}@16bit"]["precision_consistency"], "%")
         assert f"on 16bit weights {kept}% of its decisions stay the same" in text
@@ -174,14 +180,14 @@ def test_only_a_generated_readme_is_overwritten_and_evaluation_goes_on(mine, no_
     (adapter / "README.md").mkdir()  # it cannot be written
     sft = adapter_of(flags, "sft") / "README.md"
     sft.write_text("# My adapter")
-    evaluate_dpo.main([*flags, "--resamples", "20"])
+    evaluate_dpo.main([*flags])
     out = capsys.readouterr().out
     assert f"{sft} is somebody's own text and stays as it is\n" in out
     assert f"warning: no model card in {adapter}: " in out
     assert sft.read_text() == "# My adapter" and "verdict: " in out
     shutil.rmtree(adapter / "README.md")
     predictions = tmp_path / "outputs" / "evaluation" / "predictions.csv"
-    evaluate_dpo.main([*flags, "--resamples", "20", "--from_predictions", str(predictions)])
+    evaluate_dpo.main([*flags, "--from_predictions", str(predictions)])
     assert not (adapter / "README.md").exists()
 
 

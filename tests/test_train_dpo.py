@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 import torch
@@ -29,6 +28,7 @@ from config import EvaluationSettings, TrainingSettings
 from data.errors import UserError
 from data.files import SEAL, file_sha256, only_run_in
 from data.pairs import hold_back, ids_digest, load_pairs, preference_rows, split_pairs, write_pairs
+from data.predictions import LOG_PROBS, MARGINS, read_predictions
 from data.report import CARD_MARK
 from data.runs import RUN, WEIGHTS, last_whole_checkpoint
 from data.tokens import pair_tree
@@ -955,21 +955,22 @@ def test_two_processes_train_and_evaluate_as_one(flags, tmp_path):
         mine = [*flags, "--outputs", str(outputs)]
         if processes == 1:
             train_dpo.main([*mine, *extra])
-            evaluate_dpo.main([*mine, "--resamples", "50"])
+            evaluate_dpo.main([*mine])
         else:
             done = launch("train_dpo.py", *mine, *extra, processes=processes)
             assert done.stdout.count("dpo: loss 0.693") == 1, "one process speaks"
-            launch("evaluate_dpo.py", *mine, "--resamples", "50", processes=processes)
-        found[processes] = run_of(mine, "dpo"), pd.read_csv(outputs / "evaluation" / "predictions.csv")
+            launch("evaluate_dpo.py", *mine, processes=processes)
+        found[processes] = run_of(mine, "dpo"), read_predictions(outputs / "evaluation" / "predictions.csv")
     assert [run["processes"] for run, _ in found.values()] == [1, 2]
     assert found[1][0]["rows_seen"] == found[2][0]["rows_seen"] == 8
     epochs = [run["log_history"][-1]["epoch"] for run, _ in found.values()]
     assert epochs[1] == pytest.approx(epochs[0], abs=0.02), "as many rows a step"
     one, two = (predictions for _, predictions in found.values())
-    margins = ["decision_margin", "response_margin"]
-    assert one.drop(columns=margins).equals(two.drop(columns=margins))
+    scores = [*MARGINS, *LOG_PROBS]
+    assert one.drop(columns=scores).equals(two.drop(columns=scores))
     untrained = one["arm"] == "base"
     assert np.allclose(one.loc[untrained, "response_margin"], two.loc[untrained, "response_margin"], atol=1e-4)
     assert one["response_margin"].notna().sum() == two["response_margin"].notna().sum()
-    by_one, by_two = (part.loc[part["arm"] == "dpo", "response_margin"].to_numpy() for part in (one, two))
-    assert by_two == pytest.approx(by_one, abs=0.05)
+    for arm in ("sft_more", "dpo"):
+        by_one, by_two = (part.loc[part["arm"] == arm, "response_margin"].to_numpy() for part in (one, two))
+        assert by_two == pytest.approx(by_one, abs=0.05)

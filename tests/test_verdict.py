@@ -1,5 +1,7 @@
 """Verdict, caveats and the sentence to quote."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +13,8 @@ from data.report import summary
 from data.verdict import judge, verdict
 
 
-def judged(rows: pd.DataFrame, resamples: int) -> dict:
-    return judge(compute_metrics(rows, resamples, 0))
+def judged(rows: pd.DataFrame) -> dict:
+    return judge(compute_metrics(rows))
 
 
 def test_verdict_rules():
@@ -23,20 +25,36 @@ def test_verdict_rules():
         (1.5, 0.4, 2.6, "PARTIAL: small gain"),
         (3.0, -1.0, 7.0, "INCONCLUSIVE"),
         (-3.0, -7.0, 1.0, "INCONCLUSIVE"),
+        (0.5, 0.1, 0.9, "PARTIAL: comparable"),  # the first rule that holds
+        (-0.5, -0.9, -0.1, "PARTIAL: comparable"),
     ]:
         assert verdict(difference, low, high) == wanted
+    assert verdict(0.0, 0.0, 0.0, one_letter=True) == "INCONCLUSIVE"
+
+
+def margins_of_share(users: int, right: float, seed: int = 0) -> np.ndarray:
+    """Margins (users, orders) of an arm that is right for this share of users in both orders."""
+    level = np.random.default_rng(seed).uniform(size=(users, 1))
+    return np.repeat(np.where(level < right, 1.0, -1.0), 2, axis=1)
+
+
+def runs_of(count: int, seen: dict[str, float] | None = None, **shares: float) -> pd.DataFrame:
+    """Arms of so many runs each, which are right for these shares of 600 users, and saw so many pairs."""
+    arms = {arm: margins_of_share(600, share) for arm, share in shares.items()}
+    rows = pd.concat([predictions_of(**arms).assign(seed=str(seed)) for seed in range(count)])
+    return rows.assign(pairs_seen=rows["arm"].map(seen or {}))
 
 
 @pytest.mark.parametrize("users", [300, 1208, 6040])
 @pytest.mark.parametrize("points", [1, 3, 5])
 def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users, points):
-    """DPO is right where SFT is, and on `points` percent of the users more: the bootstrap counts draws of those."""
+    """DPO is right where SFT is, and on `points` percent of the users more: an interval of their number."""
     gained = round(points * users / 100)
     right = np.arange(users) < 0.6 * users
     better = right | (np.arange(users) >= users - gained)
     is_right = {"sft": right, "dpo": better}
     arms = {name: np.repeat(np.where(users_of, 1.0, -1.0)[:, None], 2, axis=1) for name, users_of in is_right.items()}
-    metrics = judged(predictions_of(**arms), 2000)
+    metrics = judged(predictions_of(**arms))
     found = metrics["comparisons"]["dpo - sft"]
     share = gained / users
     ends = ((0.025, -1), (0.975, 1))
@@ -46,51 +64,117 @@ def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users
     assert found["high"] == pytest.approx(high, abs=110 / users)
     assert found["p"] == pytest.approx(2 * 0.5**gained)
     wanted = {(300, 1): "INCONCLUSIVE", (1208, 1): "PARTIAL: small gain", (6040, 1): "PARTIAL: small gain"}
-    assert metrics["verdict"] == wanted.get((users, points), "SUPPORTED")
-    assert f"{found['value']:+.1f} percentage points" in metrics["sentence"]
+    assert metrics["verdict"] == wanted.get((users, points), "SUPPORTED") + " (these adapters)"
+    assert f"a difference of {found['value']:+.1f} points" in metrics["sentence"]
 
 
 def test_without_both_arms_there_is_no_verdict():
-    metrics = judged(predictions_of(a=np.ones((40, 2)), sft=np.ones((40, 2))), 100)
+    metrics = judged(predictions_of(a=np.ones((40, 2)), sft=np.ones((40, 2))))
     assert not {"verdict", "caveats", "sentence"} & set(metrics) and "no verdict" in summary(metrics)
 
 
 def test_an_arm_that_answers_one_letter_is_told_so():
     always_b = np.tile([-1.0, 1.0], (40, 1))
-    found = judged(predictions_of(sft=always_b, dpo=always_b), 100)
+    found = judged(predictions_of(sft=always_b, dpo=always_b))
     assert any("dpo answers B" in caveat for caveat in found["caveats"])
 
 
 def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     always_b = np.tile([-1.0, 1.0], (400, 1))
-    metrics = judged(predictions_of(sft=always_b, dpo=always_b), 100)
-    assert (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"]) == (-0.25, "INCONCLUSIVE")
+    metrics = judged(predictions_of(sft=always_b, dpo=always_b))
+    found = (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"])
+    assert found == (-0.25, "INCONCLUSIVE (these adapters)")
     assert "both answer one letter" in metrics["sentence"] and "users needed" not in summary(metrics)
     each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b) for sign in (1, -1)]
-    metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]), 100)
-    assert metrics["verdict"] == "INCONCLUSIVE"
+    metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]))
+    assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
     assert any("dpo answers one letter" in caveat for caveat in metrics["caveats"])
     fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
-    metrics = judged(predictions_of(sft=fair, dpo=fair), 100)
-    assert metrics["verdict"] == "PARTIAL: comparable"
+    metrics = judged(predictions_of(sft=fair, dpo=fair))
+    assert metrics["verdict"] == "PARTIAL: comparable (these adapters)"
 
 
-def test_dpo_is_compared_with_longer_sft_too():
-    random = np.random.default_rng(1)
-    level = random.uniform(size=(600, 1))
-    sft, longer, dpo = (np.repeat(np.where(level < share, 1.0, -1.0), 2, axis=1) for share in (0.6, 0.7, 0.7))
-    metrics = judged(predictions_of(sft=sft, sft_long=longer, dpo=dpo), 300)
-    assert metrics["verdict"] == "SUPPORTED" and metrics["comparisons"]["dpo - sft_long"]["value"] == 0
-    assert any("not clearly than sft_long" in caveat for caveat in metrics["caveats"])
-    best = np.repeat(np.where(level < 0.8, 1.0, -1.0), 2, axis=1)
-    metrics = judged(predictions_of(sft=sft, sft_long=best, dpo=dpo), 300)
-    assert any("worse than sft_long" in caveat for caveat in metrics["caveats"])
-    assert summary(metrics).endswith("verdict: SUPPORTED; against sft_long: NOT SUPPORTED")
-    quoted = metrics["sentence"]
-    assert "over this SFT. From the SFT control sft_long (8" in quoted, "a gain that more SFT beats is not quoted alone"
-    assert "which speaks against DPO improving ranking adherence over that one" in quoted
-    metrics = judged(predictions_of(sft=sft, sft_long=sft, dpo=dpo), 300)
-    assert not any("than sft_long" in caveat for caveat in metrics["caveats"])
+@pytest.mark.parametrize(
+    ("shares", "wanted", "says"),
+    [
+        ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT, and better than SFT trained longer"),
+        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "what DPO gains, more training gains too"),
+        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "what DPO gains, more training gains too"),
+        ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks better neither than SFT nor than"),
+        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs; no control was trained"),
+        ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "From the control sft_x"),
+        ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "From the control sft_more"),
+    ],
+)
+def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, says):
+    seen = dict.fromkeys(shares, 400.0) | {"sft": 100.0}
+    metrics = judged(runs_of(3, seen, sft=0.6, **shares))
+    first = "NOT SUPPORTED" if shares["dpo"] < 0.6 else "SUPPORTED"
+    assert (metrics["verdict"], metrics["control_verdict"], metrics["scope"]) == (first, wanted, "method")
+    assert says in metrics["sentence"] and "3 training runs each, seeds 0, 1, 2" in metrics["sentence"]
+    last = summary(metrics).splitlines()[-1]
+    assert last.startswith(f"verdict: {first} against ") and wanted in last
+    assert ("an sft that saw a quarter of the pairs" in last) == (len(shares) == 1)
+    assert "these adapters" not in json.dumps(metrics) + last
+    if "sft_long" in shares and "sft_more" in shares:
+        assert any("dpo is not shown to be better than sft_long" in caveat for caveat in metrics["caveats"])
+
+
+@pytest.mark.parametrize("dpo_runs", [1, 2, 3])
+@pytest.mark.parametrize("sft_runs", [1, 2, 3])
+def test_fewer_than_three_runs_of_either_arm_are_a_verdict_on_these_adapters(sft_runs, dpo_runs):
+    sft, dpo = runs_of(sft_runs, sft=0.6), runs_of(dpo_runs, dpo=0.9)
+    metrics = judged(pd.concat([sft, dpo]))
+    enough = min(sft_runs, dpo_runs) == 3
+    assert metrics["scope"] == metrics["comparisons"]["dpo - sft"]["scope"] == ("method" if enough else "adapters")
+    assert metrics["verdict"] == "SUPPORTED" + ("" if enough else " (these adapters)")
+    assert ("on these adapters and not on the method" in metrics["sentence"]) is not enough
+    assert any("fewer than 3 training runs" in caveat for caveat in metrics["caveats"]) is not enough
+
+
+def test_a_control_of_one_run_makes_the_conclusion_one_on_adapters():
+    metrics = judged(pd.concat([runs_of(3, sft=0.6, dpo=0.8), runs_of(1, sft_more=0.7)]))
+    assert metrics["verdict"] == "SUPPORTED" and metrics["control_verdict"] == "SUPPORTED (these adapters)"
+    assert metrics["scope"] == "adapters" and "(1 of sft_more)" in " ".join(metrics["caveats"])
+
+
+def test_a_run_that_answers_one_letter_is_named_and_its_p_is_none():
+    rows = runs_of(3, sft=0.66, dpo=0.75)
+    fallen = (rows["arm"] == "dpo") & (rows["seed"] == "1")
+    rows.loc[fallen, "decision_margin"] = np.where(rows.loc[fallen, "order"] == "A", -1.0, 1.0)
+    metrics = judged(rows)
+    assert any("dpo's run of seed 1 answers B almost whatever" in caveat for caveat in metrics["caveats"])
+    assert metrics["arms"]["dpo"]["ranking_accuracy"]["runs"]["1"] == 50
+    assert metrics["verdict"] == "INCONCLUSIVE" and metrics["comparisons"]["dpo - sft"]["p"] is None
+    assert "McNemar" not in summary(metrics)
+
+
+@pytest.mark.parametrize(("falls", "told"), [(-3.0, True), (-0.5, False)])
+def test_a_chosen_response_that_becomes_less_likely_is_told(falls, told):
+    rows = runs_of(3, sft=0.6, dpo=0.7)
+    of_dpo = rows["arm"] == "dpo"
+    rows = rows.assign(reference=np.where(of_dpo, "sft", ""), beta=np.where(of_dpo, 0.1, np.nan))
+    rows["chosen_log_prob"], rows["rejected_log_prob"] = np.where(of_dpo, -20 + falls, -20), np.where(of_dpo, -29, -20)
+    found = [caveat for caveat in judged(rows)["caveats"] if "likelihood displacement" in caveat]
+    assert bool(found) is told
+    assert not told or "by 3.0 nats against its reference (the rejected one: -9.0)" in found[0]
+
+
+def test_unequal_training_is_told():
+    shares = {"sft": 0.6, "sft_more": 0.7, "dpo": 0.7}
+    for seen, told in ((100, "a quarter of the pairs"), (370, "92% of the pairs"), (400, "")):
+        metrics = judged(runs_of(3, {"sft": 100.0, "sft_more": seen, "dpo": 400.0}, **shares))
+        found = [caveat for caveat in metrics["caveats"] if caveat.startswith("sft_more saw")]
+        assert [told in caveat for caveat in found] == [True] * bool(told)
+        assert ("as many pairs as DPO" in metrics["sentence"]) is not bool(told)
+    assert not any("saw" in caveat for caveat in judged(runs_of(3, **shares))["caveats"]), "not known"
+
+
+def test_a_learned_baseline_that_wins_is_told():
+    rows = runs_of(3, sft=0.6, dpo=0.7)
+    learned = predictions_of(learned=margins_of_share(600, 0.9)).assign(kind="baseline", seed="")
+    told = judged(pd.concat([rows, learned]))["caveats"]
+    assert "dpo (67.0%) loses to a logistic regression on counts (89.2%)" in told
 
 
 def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
@@ -102,7 +186,7 @@ def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
     margins["co-occurrence"] = margins["co-occurrence"][order]
     rows = predictions_of(**margins)
     rows.loc[~rows["arm"].isin(models), "kind"] = "baseline"
-    told = judged(rows, 300)["caveats"]
+    told = judged(rows)["caveats"]
     for arm in ("dpo", "sft_long"):
         [lost] = [caveat for caveat in told if caveat.startswith(arm) and "loses to" in caveat]
         assert "taking the more popular film" in lost and "co-occurrence" not in lost
@@ -118,7 +202,7 @@ def test_chance_against_popularity_is_told():
     rows = predictions_of(sft=follows, dpo=np.ones((60, 2)))
     margins = np.tile(rows[rows["arm"] == "sft"]["decision_margin"], 2)
     rows["preferred_more_popular"] = [str(bool(margin > 0)).lower() for margin in margins]
-    told = [text for text in judged(rows, 100)["caveats"] if "less popular film is the right one" in text]
+    told = [text for text in judged(rows)["caveats"] if "less popular film is the right one" in text]
     assert len(told) == 1 and told[0].startswith("sft is not shown to be better than chance")
 
 
@@ -127,19 +211,10 @@ def test_a_gain_that_is_only_less_position_bias_is_told_so():
     random = np.random.default_rng(0)
     preference = random.normal(0.5, 1, 400)
     leaning, fair = (np.column_stack([preference - lean, preference + lean]) for lean in (1.5, 0.0))
-    metrics = judged(predictions_of(sft=leaning, dpo=fair), 500)
-    assert metrics["verdict"] == "SUPPORTED"
+    metrics = judged(predictions_of(sft=leaning, dpo=fair))
+    assert metrics["verdict"] == "SUPPORTED (these adapters)"
     assert any("not which film they prefer" in caveat for caveat in metrics["caveats"])
     better = np.column_stack([preference + 1, preference + 1])
-    metrics = judged(predictions_of(sft=fair, dpo=better), 500)
-    assert metrics["verdict"] == "SUPPORTED" and not any("not which film" in caveat for caveat in metrics["caveats"])
-
-
-def test_an_arm_of_one_training_run_is_told():
-    rows = [predictions_of(sft=np.ones((40, 2))), *(predictions_of(dpo=np.ones((40, 2))) for _ in range(3))]
-    rows = [run.assign(seed=str(seed)) for seed, run in enumerate(rows)]
-    assert [caveat for caveat in judged(pd.concat(rows), 100)["caveats"] if "one training run" in caveat] == [
-        "one training run of sft: what another seed would give there is not in the intervals"
-    ]
-    told = judged(pd.concat(rows[:2]), 100)["caveats"]
-    assert "one training run an arm: what another seed would give is not in the interval" in told
+    metrics = judged(predictions_of(sft=fair, dpo=better))
+    assert metrics["verdict"] == "SUPPORTED (these adapters)"
+    assert not any("not which film" in caveat for caveat in metrics["caveats"])

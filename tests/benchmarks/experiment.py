@@ -40,9 +40,9 @@ import pandas as pd  # noqa: E402
 import config  # noqa: E402
 from data.figures import STYLE, plot_all  # noqa: E402
 from data.files import write_json, write_text  # noqa: E402
-from data.measures import MEASURES, bootstrap_means, compute_metrics, percentile_interval, wins  # noqa: E402
+from data.measures import MEASURES, Measured, compute_metrics, half_width, mean_of, wins  # noqa: E402
 from data.pairs import load_pairs, split_pairs, write_pairs  # noqa: E402
-from data.predictions import MARGINS, read_predictions  # noqa: E402
+from data.predictions import NUMBERS, completed, read_predictions  # noqa: E402
 from data.report import cell, summary, table  # noqa: E402
 from data.verdict import interval_text, judge  # noqa: E402
 
@@ -634,13 +634,13 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 def published_metrics(results: Path) -> dict:
     predictions = read_predictions(results / "predictions.csv.gz")
-    return judge(compute_metrics(predictions, 10_000, SEEDS[0]))
+    return judge(compute_metrics(predictions))
 
 
 def ablations_of(results: Path) -> dict:
     """Measures of each ablation's arms, and of all arms under the usual protocol: one order, that of the file."""
-    rows = pd.read_csv(results / "ablations.csv.gz", dtype={"seed": str, "preferred_more_popular": str}, keep_default_na=False,
-                       na_values={name: [""] for name in MARGINS})  # fmt: skip
+    rows = completed(pd.read_csv(results / "ablations.csv.gz", dtype={"seed": str, "preferred_more_popular": str}, keep_default_na=False,
+                                 na_values={name: [""] for name in NUMBERS}))  # fmt: skip
     main_rows = read_predictions(results / "predictions.csv.gz")
     first = main_rows[main_rows["seed"].isin(("", str(SEEDS[0]))) & ~main_rows["arm"].str.contains("@") & (main_rows["history"] == "own")]
     same = rows[rows["study"] == "same"].drop(columns="study")
@@ -670,7 +670,7 @@ def ablations_of(results: Path) -> dict:
     found["differing answers"] = differing_answers(main_rows)
     own = main_rows[(main_rows["history"] == "own") & main_rows["arm"].isin(("sft", "dpo", "sft_long"))]
     for name, more in (("more", "true"), ("less", "false")):
-        part = judge(compute_metrics(own[own["preferred_more_popular"] == more], 10_000, SEEDS[0]))
+        part = judge(compute_metrics(own[own["preferred_more_popular"] == more]))
         about = {"users": part["users"], **{pair: part["comparisons"][pair] for pair in ("dpo - sft", "dpo - sft_long")}}
         found.setdefault("where the preferred film is", {})[f"{name} popular"] = about
     found["change of DPO's lead"] = {
@@ -693,7 +693,7 @@ def differing_answers(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dict:
-    measured = judge(compute_metrics(rows, 10_000, SEEDS[0]))
+    measured = judge(compute_metrics(rows))
     arms = {arm: values for arm, values in measured["arms"].items() if values["kind"] == "model" or with_baselines}
     return {"arms": arms, "dpo - sft": measured["comparisons"].get("dpo - sft")}
 
@@ -701,7 +701,7 @@ def arms_and_difference(rows: pd.DataFrame, with_baselines: bool = False) -> dic
 def paired(rows: pd.DataFrame, arm: str, others: pd.DataFrame, other: str) -> dict:
     """The difference of two arms of different studies, over the same users."""
     both = [rows[rows["arm"] == arm].assign(arm="dpo"), others[others["arm"] == other].assign(arm="sft")]
-    found = judge(compute_metrics(pd.concat(both), 10_000, SEEDS[0]))["comparisons"]["dpo - sft"]
+    found = judge(compute_metrics(pd.concat(both)))["comparisons"]["dpo - sft"]
     return {name: value for name, value in found.items() if name not in ("p_holm", "verdict")}
 
 
@@ -712,9 +712,9 @@ def change_of_lead(rows: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]
         right = pd.Series(wins(part["decision_margin"].to_numpy()), index=part.index)
         by_user = right.groupby([part["pair_id"], part["arm"]]).mean().unstack()
         leads.append(100 * (by_user["dpo"] - by_user["sft"]))
-    change = (leads[0] - leads[1]).to_numpy()[:, None]
-    low, high = percentile_interval(bootstrap_means(change, 10_000, SEEDS[0])[:, 0])
-    return {"value": round(float(change.mean()), 6), "low": round(low, 6), "high": round(high, 6)}
+    value, influence, _ = mean_of((leads[0] - leads[1]).to_numpy())
+    half = half_width([Measured(("",), value, influence[None], 0.0, trained=False)])
+    return {"value": round(value, 6), "low": round(value - half, 6), "high": round(value + half, 6)}
 
 
 def panels_of(found: dict) -> dict[str, list[tuple[str, str]]]:

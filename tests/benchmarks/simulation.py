@@ -2,9 +2,10 @@
 
     python tests/benchmarks/simulation.py
 
-Each study has users of differing difficulty, two arms, both orders and, where there are several seeds, training runs
-whose skill differs by chance. Writes docs/results/simulation.json: for each case how often the 95% interval covers
-the true difference, and how often each verdict is given.
+Each study has pairs of differing difficulty, two arms, both orders, and training runs whose skill differs by chance.
+Writes docs/results/simulation.json and, as a table, simulation.md: for each case how often the 95% interval covers the
+true difference, and how often each verdict is given. The truth is that of the verdict's scope: the expected difference
+over all runs where it is on the method, that of the runs at hand where it is on these adapters.
 """
 
 import argparse
@@ -15,60 +16,128 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from data import measures, verdict  # noqa: E402
 
-CASES = [(users, difference, 1, 0) for users in (300, 1208, 6040) for difference in (0, 1, 3, 5)] + [
-    (1208, difference, seeds, spread) for seeds in (3, 5) for spread in (0.5, 2, 5) for difference in (0, 5)
-]
+VERDICTS = ("SUPPORTED", "NOT SUPPORTED", "PARTIAL: comparable", "PARTIAL: small gain", "INCONCLUSIVE")
+ACCURACY = 0.66  # of SFT, as in the study
+# Shares of the variance of a decision margin: what a user and a pair are to both arms and to one arm, what one run makes
+# of a pair, and what is left to the order of the options. By them an answer differs between arms and runs as in the study.
+SHARES = {"user": 0.1, "pair": 0.35, "arm and user": 0.05, "arm and pair": 0.15, "run and pair": 0.2, "order": 0.15}
+# Differences of arms correlate by 0.24 between the pairs of a user
+MANY_PAIRS = {"user": 0.1, "pair": 0.35, "arm and user": 0.19, "arm and pair": 0.06, "run and pair": 0.1, "order": 0.2}
+PLAIN = {"users": 1208, "pairs": 1, "shared": 0.0, "lean": 0.0, "collapse": 0.0}
+SPECIAL = {  # what is not plain
+    "runs correlated by seed": {"shared": 0.8},
+    "letter lean varies by run": {"lean": 0.5},
+    "100 users": {"users": 100},
+    "6,040 users": {"users": 6040},
+    "10 pairs a user": {"users": 121, "pairs": 10},
+    "a run answers one letter (20%)": {"collapse": 0.2},
+}
+CASES = [("plain", (runs, runs), spread, gain) for runs in (1, 2, 3, 5, 10) for spread in (0.5, 1, 2) for gain in (0, 5)]
+CASES += [(case, (runs, runs), 1, 0) for case in SPECIAL for runs in (1, 3, 5)]
+CASES += [(case, (5, 3), 1, gain) for case in ("plain", "runs correlated by seed") for gain in (0, 5)]
+
+INTRODUCTION = """# Simulated studies
+
+Written by `python tests/benchmarks/simulation.py`: how often intervals and verdicts are right where the truth is known.
+Shares are in %. *Spread* is the standard deviation between the training runs of an arm, in points of ranking accuracy. A
+false verdict is SUPPORTED where the true difference is 0 or less, or NOT SUPPORTED where it is 0 or more. The truth is
+the expected difference over all runs for a verdict on the method, that of the runs at hand for one on these adapters.
+1,208 users with one pair each, where nothing else is said.
+
+"""
 
 
-def simulate(users: int, difference: float, seeds: int, studies: int, resamples: int, spread: float = 0) -> dict:
-    """Studies of one case: the share whose interval covers the truth, and the shares of verdicts.
+def simulate(case: str, runs: tuple[int, int], spread: float, difference: float, studies: int) -> dict:
+    """Studies of one case: the share whose interval covers the truth, and the shares of verdicts, in all and false.
 
-    difference: true DPO - SFT in points of ranking accuracy. spread: standard deviation between training runs of an
-    arm, in points (with one seed it is 0: the truth is that run's own difference).
+    runs: of DPO and of SFT, with the seeds 0, 1, ... spread: standard deviation between runs of an arm, in points of
+    ranking accuracy. difference: true DPO - SFT in points, where no run answers one letter.
     """
-    random = np.random.default_rng([users, int(10 * difference), seeds])
-    values = np.empty((users, studies * seeds), dtype=np.float32)
-    for column in range(studies * seeds):
-        if column % seeds == 0:
-            skill = random.beta(4, 3, users)
-        luck = random.normal(0, spread / 100, 2)
-        sft = random.random((2, users)) < skill * (1 + luck[0] / skill.mean())
-        # a share of the answers that SFT would get wrong becomes right: the mean rises by what is wanted
-        gain = (difference / 100 + luck[1]) / (1 - skill.mean())
-        dpo = random.random((2, users)) < skill + max(gain, 0) * (1 - skill) + min(gain, 0) * (1 - skill.mean())
-        values[:, column] = 100 * (dpo.mean(axis=0) - sft.mean(axis=0))
-    means = measures.bootstrap_means(values, resamples, seed=0)
-    covered, verdicts = 0, Counter()
-    for study in range(studies):
-        runs = slice(study * seeds, (study + 1) * seeds)
-        low, high = measures.difference_interval(measures.over_seeds(means[:, runs], 0), users)
-        covered += low <= difference <= high
-        verdicts[verdict.verdict(float(values[:, runs].mean()), low, high)] += 1
-    names = ("SUPPORTED", "NOT SUPPORTED", "PARTIAL: comparable", "PARTIAL: small gain", "INCONCLUSIVE")
-    shares = {name: round(verdicts[name] / studies, 4) for name in names}
+    about = PLAIN | SPECIAL.get(case, {})
+    shares = MANY_PAIRS if about["pairs"] > 1 else SHARES
+    random = np.random.default_rng([len(case), *runs, int(10 * spread), difference, about["users"]])
+    user_of = np.repeat(np.arange(about["users"]), about["pairs"])
+    luck = spread / 100 / (math.exp(-(ndtri(ACCURACY) ** 2) / 2) / math.sqrt(2 * math.pi))  # on the scale of margins
+    whole = math.sqrt(1 + luck**2 + about["lean"] ** 2)
+    means = [whole * ndtri(ACCURACY + gain / 100) for gain in (difference, 0)]
+
+    def normal(share: str, *shape: int) -> np.ndarray:
+        return math.sqrt(shares[share]) * random.standard_normal(shape, dtype=np.float32)
+
+    tally: Counter[str] = Counter()
+    for _ in range(studies):
+        common = normal("user", about["users"])[user_of] + normal("pair", len(user_of))
+        of_seed = random.normal(size=max(runs))
+        arms, true = [], []
+        for mean, count in zip(means, runs, strict=True):
+            own = common + normal("arm and user", about["users"])[user_of] + normal("arm and pair", len(user_of))
+            skill = math.sqrt(about["shared"]) * of_seed[:count] + math.sqrt(1 - about["shared"]) * random.normal(size=count)
+            skill = mean + luck * skill
+            lean = about["lean"] * random.normal(size=count)[:, None] * [1, -1]  # (runs, orders)
+            margins = normal("order", count, len(user_of), 2) + (own + normal("run and pair", count, len(user_of)))[..., None]
+            right = (margins + (skill[:, None] + lean)[:, None] > 0).mean(axis=2)
+            of_runs = ndtr(skill[:, None] + lean).mean(axis=1)
+            fallen = random.random(count) < about["collapse"]
+            right[fallen], of_runs[fallen] = 0.5, 0.5
+            arms.append(measured(right, user_of))
+            true.append(of_runs.mean())
+        parts = measures.difference(*arms)
+        found, scope = measures.difference_interval(parts, len(user_of)), measures.scope_of(parts)
+        truth = (1 - about["collapse"]) * difference if scope == "method" else 100 * (true[0] - true[1])
+        given = verdict.verdict(found["value"], found["low"], found["high"])
+        tally[given] += 1
+        tally["coverage"] += found["low"] <= truth <= found["high"]
+        tally["false SUPPORTED"] += given == "SUPPORTED" and truth <= 0
+        tally["false NOT SUPPORTED"] += given == "NOT SUPPORTED" and truth >= 0
+        tally["on the method"] += scope == "method"
+        tally["width"] += found["high"] - found["low"]
+    names = ("on the method", "coverage", "false SUPPORTED", "false NOT SUPPORTED", *VERDICTS)
     return {
-        "users": users, "true_difference": difference, "seeds": seeds, "spread_of_seeds": spread, "studies": studies, "resamples": resamples,
-        "coverage": round(covered / studies, 4), "coverage_error": round(math.sqrt(0.95 * 0.05 / studies), 4), **shares,
-    }
+        "case": case, "users": about["users"], "pairs_per_user": about["pairs"], "runs": list(runs), "spread_of_runs": spread,
+        "true_difference": difference, "studies": studies, "coverage_error": round(math.sqrt(0.95 * 0.05 / studies), 4),
+        "mean_width": round(tally["width"] / studies, 2), **{name: round(tally[name] / studies, 4) for name in names},
+    }  # fmt: skip
+
+
+def measured(right: np.ndarray, user_of: np.ndarray) -> measures.Measured:
+    """Ranking accuracy as `measures` has it, from the right answers of each run to each pair, (runs, pairs)."""
+    values, influence, _ = zip(*(measures.mean_of(100 * run) for run in right), strict=True)
+    seeds = tuple(str(seed) for seed in range(len(right)))
+    by_user = np.array([np.bincount(user_of, weights=run) for run in influence])
+    return measures.Measured(seeds, np.array(values), by_user, 0.0, True)
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown."""
+    shares = ("coverage", "false SUPPORTED", "false NOT SUPPORTED", *VERDICTS)
+    heads = ["case", "runs", "spread", "true difference", "verdict on", "mean width", "covers", *shares[1:]]
+    rows = [heads, ["---"] * len(heads)]
+    for record in records:
+        runs = " and ".join(str(count) for count in dict.fromkeys(record["runs"]))
+        scope = {0: "these adapters", 1: "the method"}[record["on the method"]]
+        about = [record["case"], runs, record["spread_of_runs"], record["true_difference"], scope, record["mean_width"]]
+        rows.append([*map(str, about), *(f"{100 * record[name]:.1f}" for name in shares)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=4000)
-    parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "simulation.json")
     options = parser.parse_args()
     records = []
-    for users, difference, seeds, spread in CASES:
-        records.append(simulate(users, difference, seeds, options.studies, options.resamples, spread))
+    for case in CASES:
+        records.append(simulate(*case, options.studies))
         print(json.dumps(records[-1]), flush=True)
-        options.results.write_text(json.dumps(records, indent=1) + "\n")
+    options.results.write_text(json.dumps(records, indent=1) + "\n")
+    options.results.with_suffix(".md").write_text(INTRODUCTION + table(records))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
         record["training"][str(processes)] = training(json.loads((trained / "run.json").read_text()))
         scored = outputs / "scored"
         arm = f"--outputs {scored} --adapters dpo_of_two={adapter}"
-        call("evaluate_dpo.py", f"{flags} {arm} --strangers false --generate_users 0 --fast true --resamples 100", processes)
+        call("evaluate_dpo.py", f"{flags} {arm} --strangers false --generate_users 0 --fast true", processes)
         run = json.loads((scored / "evaluation" / "run.json").read_text())
         rows = read_predictions(scored / "evaluation" / "predictions.csv")
         scores[processes] = rows[rows["kind"] == "model"].sort_values(["arm", "pair_id", "order"]).reset_index(drop=True)
