@@ -60,7 +60,6 @@ LLAMA3 = ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-
 KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licence in the Hub's words
 KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMALL_PARAMETERS = 1e9  # below this a GPU waits for its kernels to be launched
 LossType = Literal[
     "sigmoid", "sigmoid+sft", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"
 ]
@@ -168,7 +167,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     gpu_memory_gb: float | None = _setting(None, "use at most this much of each GPU; the default is all")
     gradient_checkpointing: bool | None = _setting(None, "recompute activations; default: where memory asks for it")
-    cuda_graphs: bool | None = _setting(None, "launch a pass as one CUDA graph; default: with small models")
+    cuda_graphs: bool | None = _setting(None, "launch a pass as one CUDA graph; default: where known to be exact")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
     save_steps: int = _setting(100, "steps between checkpoints")
@@ -641,8 +640,8 @@ def fitting_batch_size(
 
     The micro-batch divides `share`, a GPU's part of a step. With checkpointing a layer keeps its input, without it
     what the backward pass reads; logits come on top, but where they are made in chunks. Without checkpointing, which
-    is faster, only where 8 rows or the whole share fit. An estimate: where it is too high, the stage starts again
-    with less. CUDA graphs keep to memory of their own, so there has to be twice as much. Without CUDA, what was
+    is faster, only where 8 rows or the whole share fit. CUDA graphs keep that memory, and gradients for each of their
+    few lengths of a row. An estimate: where it is too high, the stage starts again with less. Without CUDA, what was
     fastest: 8 with a shared prompt, else 2.
 
     Args:
@@ -668,18 +667,17 @@ def fitting_batch_size(
     free = 0.85 * min(free, torch.cuda.get_per_process_memory_fraction() * total)
     words = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)  # not quantised
     weights = 2 * words + 1.1 * (parameters - words) * settings.bits / 8
-    fits, rows = {}, {}
+    known &= shared_prompt and settings.cuda_graphs is not False
+    gradients = 3 * 4 * 7 * shape.num_hidden_layers * settings.lora_rank * (shape.hidden_size + shape.intermediate_size)
+    fits = {}
     for checkpointing in (False, True):
         kept = shape.hidden_size if checkpointing else 10 * shape.hidden_size + 3 * shape.intermediate_size
         per_token = 2 * kept * shape.num_hidden_layers + (0 if shared_prompt else 12 * shape.vocab_size)
-        rows[checkpointing] = (free - weights) / (row_tokens * per_token)
-        fits[checkpointing] = max((size for size in divisors if size <= rows[checkpointing]), default=1)
+        rows = (free - weights - (gradients if known and not checkpointing else 0)) / (row_tokens * per_token)
+        fits[checkpointing] = max((size for size in divisors if size <= rows), default=1)
     if wanted is None:
         wanted = fits[False] < (settings.batch_size or min(8, share))
-    size = settings.batch_size or fits[wanted]
-    small = parameters < SMALL_PARAMETERS and 2 * size <= rows[False]
-    graphs = small if settings.cuda_graphs is None else settings.cuda_graphs
-    return size, wanted, shared_prompt and known and not wanted and graphs
+    return settings.batch_size or fits[wanted], wanted, known and not wanted
 
 
 def model_path(base_model: str) -> str:

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 import config
 from config import TrainingSettings
@@ -55,8 +56,8 @@ from data.runs import (
     trained_settings,
     what_is_there,
 )
-from data.tokens import check_tokenized, check_tokens, longest_in_tokens, pair_tree, tree_of
-from data.trees import ancestor_mask, one_row, pad_trees, row_starts
+from data.tokens import check_tokenized, check_tokens, labels_of, longest_in_tokens, pair_tree, placed_trees, tree_of
+from data.trees import ancestor_mask, row_lengths
 
 
 class Data(NamedTuple):
@@ -146,7 +147,7 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     """Train one stage (`sft`, `sft_more` or `dpo`) from an adapter or the base model, and write its adapter folder."""
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
-    kind = "shared" if shares_prompt(stage, settings) else "stock"
+    kind = "shared" if shares_prompt(settings) else "stock"
     origin = f"the adapter {start}" if start else "the base model"
     model = f"{settings.bits}-bit {settings.base_model}"
     print(f"{stage}: {len(data.rows):,} rows from {origin}, {model}, {kind} trainer", flush=True)
@@ -196,7 +197,8 @@ def train_within_memory(
     """(trained trainer, what run.json says of how it fitted).
 
     Out of memory, the stage starts again, or goes on from its last checkpoint, with gradient checkpointing, then with
-    half the micro-batch. Effective batch, seed and starting weights stay: what is trained does not depend on it.
+    half the micro-batch; and with the stock trainer where a kernel of the shared one fails on this card. Effective
+    batch, seed and starting weights stay: what is trained does not depend on it.
     """
     from accelerate.utils import gather_object
     from transformers import set_seed
@@ -207,7 +209,7 @@ def train_within_memory(
             total = torch.cuda.get_device_properties(config.LOCAL_RANK).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gb * 1e9 / total))
     share = settings.effective_batch // config.PROCESSES
-    shared = shares_prompt(stage, settings)
+    shared = shares_prompt(settings)
     responses, prompts = (["chosen"], 1) if stage != "dpo" else (["chosen", "rejected"], 1 if shared else 2)
     tokens = longest_in_tokens(data.rows, config.load_tokenizer(settings), responses, prompts)
     batch_size, checkpointing, graphs = config.fitting_batch_size(settings, share, tokens, shared)
@@ -227,12 +229,23 @@ def train_within_memory(
                 checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
             fitted = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
+            fitted |= {"trainer": "shared" if shares_prompt(settings) else "stock"}
             resumed = checkpoint and int(checkpoint.name.rpartition("-")[2])
-            return trainer, fitted | {"cuda_graphs": len(graphs_of(trainer)), "resumed_from_step": resumed}
+            captured = len(found.captured) if (found := graphs_of(trainer)) else 0
+            return trainer, fitted | {"cuda_graphs": captured, "resumed_from_step": resumed}
         except torch.OutOfMemoryError:
-            captured, trainer = bool(graphs_of(trainer)), None  # goes on below, where nothing holds on to the tensors
+            trainer = problem = None  # goes on below, where nothing holds on to the tensors
+        except Exception as error:
+            problem = failed_kernel(error)
+            if not problem or not shares_prompt(settings):
+                raise
+            trainer = None
         free_memory()
-        if captured:
+        if problem:
+            print(f"{stage}: {problem}; starting again with the stock trainer", file=sys.stderr, flush=True)
+            settings, graphs = dataclasses.replace(settings, trainer="stock"), False
+            continue
+        if graphs:
             graphs, less = False, "without CUDA graphs"
         elif config.PROCESSES > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
             keep = "" if checkpointing else "Give --gradient_checkpointing true. "
@@ -240,7 +253,7 @@ def train_within_memory(
             lower = "Lower --batch_size." if batch_size > 1 else one
             raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", keep + lower)
         elif may_checkpoint and not checkpointing:
-            checkpointing, graphs, less = True, False, "with gradient checkpointing"  # a graph would record it twice
+            checkpointing, less = True, "with gradient checkpointing"  # never with graphs, which would record it twice
         else:
             batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
             less = f"with micro-batches of {batch_size}, {share // batch_size} to a step"
@@ -251,6 +264,16 @@ def pairs_seen(steps: int, rows: int, batch: int) -> int:
     """Rows seen in so many steps of `batch` rows; the last step of a pass over the rows has what is left of them."""
     passes, rest = divmod(steps, math.ceil(rows / batch))
     return passes * rows + rest * batch
+
+
+def failed_kernel(error: BaseException | None) -> str:
+    """What is wrong with a kernel that torch or Triton could not make or run on this card; empty for other errors."""
+    while error:
+        if type(error).__name__ in ("OutOfResources", "CompilationError", "InductorError", "BackendCompilerFailed"):
+            told = str(error).strip().partition("\n")[0]
+            return f"a kernel does not run on this card ({printable(told)})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def free_memory() -> None:
@@ -385,9 +408,9 @@ def build_trainer(
     rows, watched = data.rows, data.validation_rows
     if stage != "dpo":
         rows, watched = ([{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in data[:2])
-    shared, kind = shares_prompt(stage, settings), DPOTrainer if stage == "dpo" else SFTTrainer
+    shared, kind = shares_prompt(settings), DPOTrainer if stage == "dpo" else SFTTrainer
     if shared:
-        kind = shared_prompt_trainer(in_one_row(settings), bool(settings.cuda_graphs))
+        kind = tree_trainer(stage, in_one_row(settings), bool(settings.cuda_graphs))
     # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
     health = training_health(stage, settings.beta if shared and settings.bits == 8 else 1e-3)
     sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(watched) if watched else None}
@@ -400,7 +423,8 @@ def build_trainer(
     if not config.FSDP:  # which shards what has one dtype
         keep_adapter_in_float32(trainer.model)
     if shared:
-        check_isolation(trainer, settings.bits)
+        check_isolation(trainer, stage, settings.bits)
+    if shared and stage == "dpo":
         remember_reference(trainer, settings, start)
     return trainer
 
@@ -546,17 +570,17 @@ def progress_bar(stage: str) -> Any:
 
 # ---------------------------------------------------------------------------------- the shared-prompt trainer
 
-HEAD_CHUNK = {"cuda": 16_384, "cpu": 4_096}  # words whose logits are made at once; fewer stay in a CPU's cache
+HEAD_CHUNK = {"cuda": 32_768, "cpu": 4_096}  # words whose logits are made at once; fewer stay in a CPU's cache
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # hidden states are made of them
 NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
-MOST_GRAPHS = 8  # each keeps gradients of its own
+LOOKED_AT = 1_000  # training rows, to choose the lengths by
 
 
-def shares_prompt(stage: str, settings: TrainingSettings) -> bool:
-    """Is a pair's prompt computed once? DPO's default, and its faster way, on a CPU and on a GPU."""
-    if stage == "dpo" and settings.trainer == "shared" and config.FSDP:  # which serves only whole forward passes
+def shares_prompt(settings: TrainingSettings) -> bool:
+    """Is a pair's prompt computed once, and logits for its responses alone? The default, and the faster way."""
+    if settings.trainer == "shared" and config.FSDP:  # which serves only whole forward passes
         raise UserError("the shared trainer cannot train a model that FSDP shards", "Give --trainer stock, or auto.")
-    return stage == "dpo" and settings.trainer != "stock" and not config.FSDP
+    return settings.trainer != "stock" and not config.FSDP
 
 
 def in_one_row(settings: TrainingSettings) -> bool:
@@ -564,66 +588,89 @@ def in_one_row(settings: TrainingSettings) -> bool:
     return config.backend_of(settings) == "unsloth" and settings.bits != 8
 
 
-def shared_prompt_trainer(in_row: bool, graphs: bool = False) -> type:
-    """TRL's DPO trainer with the prompt of a pair computed once, not once for each response.
+def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
+    """TRL's trainer of a stage, which computes a pair as one tree of tokens (data/trees.py).
 
-    A pair is one tree of tokens (data/trees.py), and logits are made only where a response token is predicted. Data,
-    reference, losses and metrics stay TRL's: it has a route for kernels that give log-probabilities without logits.
+    In DPO the prompt is computed once, not once for each response; in SFT the tree has one branch. Logits are made only
+    where a response token is predicted. Data, reference, DPO's losses and metrics stay TRL's: it has a route for
+    kernels that give log-probabilities without logits. The loss of SFT is its mean over the step's response tokens.
     """
-    from trl import DPOTrainer
+    from trl import DPOTrainer, SFTTrainer
     from trl.models.utils import _ForwardRedirection
     from trl.trainer.utils import _ChunkedLogProbFunction
 
-    class SharedPromptTrainer(DPOTrainer):
+    class TreeTrainer(DPOTrainer if stage == "dpo" else SFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
             self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
-            stock = self.data_collator
-            self.data_collator = lambda examples: tree_batch(examples, stock(examples), in_row)
+            self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
+            self.model_accepts_loss_kwargs = stage != "dpo"  # so that a step's response tokens are counted
+            if stage != "dpo":
+                self.data_collator = lambda rows: {"labels": torch.from_numpy(labels_of(rows))}
+                self._signature_columns = ["input_ids", "labels", "completion_mask"]
+            rows, size, stock = self.train_dataset, self.args.per_device_train_batch_size, self.data_collator
+            some = range(0, len(rows), -(-len(rows) // LOOKED_AT))
+            lengths = row_lengths([tree_of(rows[index]) for index in some], size) if in_row else []
+            self.data_collator = lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
             states = flat_hidden_states if in_row else tree_hidden_states
-            self.hidden_states = Graphs(states) if graphs else states
+            self.hidden_states = Graphs(states, lengths) if graphs else states
+            shorten_walks(self.model)
 
+        def floating_point_ops(self, inputs):
+            return 0  # to count them is another walk
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            given = (inputs, return_outputs) if stage == "dpo" else (inputs, return_outputs, num_items_in_batch)
+            if hasattr(model, "peft_config"):  # to unwrap it is another such walk
+                return self._compute_loss(model, *given)
+            unwrapped = self.accelerator.unwrap_model(model)
+            return self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, *given)
+
+        def response_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+            """Log-probabilities and entropies of the batch's response tokens, each (response tokens,)."""
+            causal = model.base_model.model
+            with self.accelerator.autocast():
+                nodes = {name: inputs[name] for name in NODES if name in inputs}
+                hidden = self.hidden_states(causal.base_model, nodes)
+                before, targets = hidden.flatten(0, 1)[inputs["tree_before"]], inputs["tree_targets"]
+                head, chunk = causal.get_output_embeddings(), HEAD_CHUNK[before.device.type]
+                return _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, chunk)
+
+    class TreeDPOTrainer(TreeTrainer):
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
-            if not hasattr(model, "peft_config"):  # unwrapping looks at every module: 16 ms for an 8B model
-                model = self.accelerator.unwrap_model(model)
-            causal = model.base_model.model if hasattr(model, "peft_config") else model
-            with self.accelerator.autocast():
-                nodes = {name: model_kwargs[name] for name in NODES if name in model_kwargs}
-                hidden = self.hidden_states(causal.base_model, nodes)
-                before, targets = hidden.flatten(0, 1)[model_kwargs["tree_before"]], model_kwargs["tree_targets"]
-                head, chunk = causal.get_output_embeddings(), HEAD_CHUNK[before.device.type]
-                found = _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, chunk)
-            mask = completion_mask[:, 1:].bool()
+            found, mask = self.response_log_probs(model, model_kwargs), completion_mask[:, 1:].bool()
             log_probs, entropies = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
             return log_probs, entropies, None
 
-    return SharedPromptTrainer
+    class TreeSFTTrainer(TreeTrainer):
+        def _compute_loss(self, model, inputs, return_outputs, count):
+            log_probs, _ = self.response_log_probs(model, inputs)
+            count = len(log_probs) if count is None else count / self.accelerator.num_processes  # which are averaged
+            loss = -log_probs.sum() / count
+            return (loss, {}) if return_outputs else loss
+
+    return TreeDPOTrainer if stage == "dpo" else TreeSFTTrainer
 
 
-def tree_batch(examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_row: bool) -> dict[str, Any]:
-    """TRL's batch, and in it each pair as a tree of tokens. All indices are made here, so that a GPU waits for none.
+def shorten_walks(model: Any) -> None:
+    """Keep a step from a walk over every module, 10 ms for an 8B model, to set what is set and clear what is frozen."""
+    walk, trained = model.train, [weight for weight in model.parameters() if weight.requires_grad]
 
-    Adds what `pad_trees` or `one_row` make, as `tree_...`; and `tree_before` and `tree_targets` (response tokens,): the
-    node before each response token, counted over the whole batch, and the token itself, in the order of TRL's mask.
-    """
-    from torch.nn.utils.rnn import pad_sequence
+    def zero_grad(set_to_none: bool = True) -> None:
+        for weight in trained:
+            weight.grad = None
 
-    trees = [tree_of(example) for example in examples]
-    if in_row:
-        starts = row_starts(trees)
-        made = one_row(trees, starts)
-    else:
-        made = pad_trees(trees, NODES_MULTIPLE)
-        starts = np.arange(len(trees)) * made["tokens"].shape[1]
-    placed = list(zip(trees, starts, strict=True))
-    nodes = [torch.from_numpy(tree.paths[response] + start) for response in (0, 1) for tree, start in placed]
-    mask = batch["completion_mask"][:, 1:].bool()
-    batch |= {f"tree_{name}": torch.from_numpy(values) for name, values in made.items()}
-    batch["tree_before"] = pad_sequence(nodes, batch_first=True)[:, :-1][mask]
-    batch["tree_targets"] = batch["input_ids"][:, 1:][mask]
-    return batch
+    model.train = lambda mode=True: model if model.training == mode else walk(mode)
+    model.zero_grad = zero_grad
+
+
+def tree_batch(
+    examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_row: bool, lengths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """TRL's batch, and in it what `placed_trees` gives, as `tree_...`: all indices, so that a GPU waits for none."""
+    made = placed_trees(examples, NODES_MULTIPLE, in_row, lengths)
+    return batch | {f"tree_{name}": torch.from_numpy(values) for name, values in made.items()}
 
 
 def tree_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
@@ -638,9 +685,9 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
 
     count, responses = batch["tree_tokens"].shape[1], batch["tree_responses"]
     places = {"group_of_kv": batch["tree_pairs"], "is_prefix": responses < 0, "suffix_of_kv": responses}
-    segments = PrefixSegInfo(**places, signature=(object(),), T=count, T_pad=count)  # its mask serves one pass's layers
+    places |= {"T": count, "T_pad": count, "signature": (object(),)}  # its mask serves one pass's layers
     nodes = {"input_ids": batch["tree_tokens"], "position_ids": batch["tree_positions"]}
-    return model(**nodes, prefix_seg_info=segments, use_cache=False).last_hidden_state
+    return model(**nodes, prefix_seg_info=PrefixSegInfo(**places), use_cache=False).last_hidden_state
 
 
 class OwnGradients(torch.autograd.Function):
@@ -656,50 +703,68 @@ class OwnGradients(torch.autograd.Function):
 
 
 class Graphs:
-    """Hidden states by CUDA graphs, one for each shape of a batch: the same kernels, launched by one call a pass.
+    """Hidden states by CUDA graphs, one for each length of a row: the same kernels, launched by one call a pass.
 
-    A small model's step is else spent waiting for Python to launch them. A shape is captured when it comes the second
-    time, with all compiled.
+    A step is else spent waiting for Python to launch them. All are captured at the first batch, the longest first, so
+    that the others find room in its memory: each backward pass ends before another forward pass.
     """
 
-    def __init__(self, states: Callable[[Any, dict[str, Any]], Any]):
-        self.states = states
-        self.met: Counter[tuple[int, ...]] = Counter()
-        self.captured: dict[tuple[int, ...], Callable[..., Any] | None] = {}
-        self.pool = torch.cuda.graph_pool_handle()  # one for all: each backward pass ends before another forward pass
+    def __init__(self, states: Callable[[Any, dict[str, Any]], Any], lengths: Sequence[int], backward: bool = True):
+        self.states, self.backward = states, backward
+        self.lengths = sorted(lengths, reverse=True)
+        self.captured: dict[int, Callable[..., Any]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
         self.weights: list[Any] = []
         self.kept: list[Any] = []
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
-        shape = tuple(batch["tree_tokens"].shape)
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled() != self.backward:
             return self.states(model, batch)
-        self.met[shape] += 1
-        if shape not in self.captured:
-            if self.met[shape] < 2 or len(self.captured) == MOST_GRAPHS:
-                return self.states(model, batch)
-            self.weights = self.weights or [weight for weight in model.parameters() if weight.requires_grad]
-            self.captured[shape] = None
-            self.captured[shape] = self.capture(model, batch)
-        return self.captured[shape](batch, *OwnGradients.apply(*self.weights))
+        if not self.captured:
+            self.capture(model, batch)
+        if (length := batch["tree_tokens"].shape[1]) not in self.captured:  # a row in a million is longer
+            return self.states(model, batch)
+        return self.captured[length](batch, *(OwnGradients.apply(*self.weights) if self.weights else ()))
 
-    def capture(self, model: Any, batch: dict[str, Any]) -> Callable[..., Any]:
-        """The passes for batches of this shape; they take the weights, too: their gradients are what comes back."""
-        # A graph reads where things were: what a library keeps, such as rotary embeddings, must never be freed.
-        gradients = {id(weight.grad) for weight in self.weights}
-        tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.is_cuda]
-        self.kept += [value for value in tensors if id(value) not in gradients]
-        sample = {name: values.clone() for name, values in batch.items()}, *self.weights
+    def capture(self, model: Any, batch: dict[str, Any]) -> None:
+        """Record the passes; they take the weights, too: their gradients are what comes back."""
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad and self.backward]
+        rows = {
+            length: {name: pad(values, (0, length - values.shape[-1])).clone() for name, values in batch.items()}
+            for length in self.lengths
+        }
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(
-                lambda batch, *weights: self.states(model, batch), sample, num_warmup_iters=1, pool=self.pool
-            )
+            for row in rows.values():  # compiles all, in memory that is free again before the first graph takes its own
+                hidden = self.states(model, row)
+                if self.weights:
+                    torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
+            del hidden
+            for length, row in rows.items():
+                self.captured[length] = torch.cuda.make_graphed_callables(
+                    lambda batch, *weights: self.states(model, batch),
+                    (row, *self.weights),
+                    num_warmup_iters=0,
+                    pool=self.pool,
+                )
+        self.kept = read_by_graphs(model)
 
 
-def graphs_of(trainer: Any) -> dict[tuple[int, ...], Callable[..., Any] | None]:
-    """A trainer's CUDA graphs by the shape of their batches; None for one that is not finished."""
-    return getattr(getattr(trainer, "hidden_states", None), "captured", {})
+def read_by_graphs(model: Any) -> list[Any]:
+    """What graphs read where it was at their capture, and what a library may replace by a larger one later on.
+
+    Those are a model's buffers and rotary embeddings (Unsloth keeps a list of them, one a GPU), and what Unsloth
+    unpacks weights to. Weights stay with the model, and the rest is of the graphs' own memory.
+    """
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, list)]
+    kernels = sys.modules.get("unsloth.kernels.utils")
+    held += [getattr(kernels, name, []) for name in ("WEIGHT_BUFFERS", "ABSMAX_BUFFERS")]
+    return [*model.buffers(), *(value for values in held for value in values if isinstance(value, torch.Tensor))]
+
+
+def graphs_of(trainer: Any) -> Graphs | None:
+    states = getattr(trainer, "hidden_states", None)
+    return states if isinstance(states, Graphs) else None
 
 
 def first_inputs(trainer: Any, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -708,39 +773,38 @@ def first_inputs(trainer: Any, count: int) -> tuple[list[dict[str, Any]], dict[s
     return rows, trainer._prepare_inputs(trainer.data_collator(rows))
 
 
-def log_probs_of(trainer: Any, inputs: dict[str, Any]) -> Any:
-    """The policy's log-probabilities (2 pairs, tokens - 1) of a batch, all chosen, then all rejected; no gradients."""
-    texts = inputs["input_ids"], inputs["completion_mask"]
+def log_probs_of(trainer: Any, inputs: dict[str, Any]) -> list[Any]:
+    """The policy's log-probabilities of a batch's responses, (tokens,) each, all chosen first; no gradients."""
     with torch.no_grad():
-        return trainer._get_per_token_logps_and_entropies(trainer.model, inputs, *texts)[0]
+        found, _ = trainer.response_log_probs(trainer.model, inputs)
+    return found.split(inputs["tree_texts"].bincount().tolist())
 
 
-def check_isolation(trainer: Any, bits: int) -> None:
+def check_isolation(trainer: Any, stage: str, bits: int) -> None:
     """Raise UserError unless a response has the same log-probabilities whatever the responses beside it say.
 
     Nothing else would show that they see each other: policy and reference would be wrong alike, and the first loss
     ln 2. So one response's words are changed: what others change by is 0, or rounding, or close to half of what its own
     log-probabilities change by. In 8 bits rounding is more: the kernel's columns in 16 bits depend on the whole batch.
     """
-    rows, inputs = first_inputs(trainer, 2)
-    tree = tree_of(rows[0])
-    start = inputs["tree_before"][0].item() - tree.paths[0][len(rows[0]["prompt_ids"]) - 1]  # of the tree in its row
-    chosen, rejected = (set((path + start).tolist()) for path in tree.paths)
-    branches = [sorted(chosen - rejected), sorted(rejected - chosen)]
-    earlier = int(branches[1] < branches[0])  # what stands later may see it
+    _, inputs = first_inputs(trainer, 2)
+    nodes = inputs["tree_before"].split(inputs["tree_texts"].bincount().tolist())
+    beside = Counter(node for response in nodes for node in response.tolist())
+    own = [[node for node in response.tolist() if beside[node] == 1] for response in nodes]
+    earliest = min((places[0], number) for number, places in enumerate(own) if places)[1]  # what is later may see it
     tokens = inputs["tree_tokens"].clone()
-    nodes = torch.tensor(branches[earlier], device=tokens.device)
-    tokens.view(-1)[nodes] = (tokens.view(-1)[nodes] + 1) % trainer.model.config.vocab_size
+    changed = torch.tensor(own[earliest], device=tokens.device)
+    tokens.view(-1)[changed] = (tokens.view(-1)[changed] + 1) % trainer.model.config.vocab_size
     found = []
     for given in (inputs["tree_tokens"], tokens):
         with torch.random.fork_rng([tokens.device.index] if tokens.is_cuda else []):
             torch.manual_seed(0)  # the same dropout
             found.append(log_probs_of(trainer, inputs | {"tree_tokens": given}))
-    changes = (found[0] - found[1]).abs().amax(dim=1).tolist()
-    own = changes.pop(earlier * len(rows))
-    if not max(changes) <= (0.2 if bits == 8 else 0.02) * own:
+    changes = [(before - after).abs().max().item() for before, after in zip(*found, strict=True)]
+    most = (0.2 if bits == 8 else 0.02) * changes.pop(earliest)
+    if not max(changes, default=0.0) <= most:
         raise UserError(
-            "dpo: in this model a response sees the responses beside it: its log-probabilities change by up to "
+            f"{stage}: in this model a response sees the responses beside it: its log-probabilities change by up to "
             f"{max(changes):.3f} nats with them",
             "Give --base_model another model: the evaluation could not score this one either.",
         )
@@ -754,6 +818,8 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
     """
     path = config.reference_file(settings, start)
     known = read_json(path)
+    if graphs := graphs_of(trainer):
+        trainer.hidden_states = Graphs(graphs.states, graphs.lengths, backward=False)
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)
         if dataset is None:
@@ -766,9 +832,11 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
         for column, response in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
             dataset = dataset.add_column(column, [known[key][response] for key in keys])
         setattr(trainer, name, dataset)
+    trainer.hidden_states = graphs or trainer.hidden_states
     _, inputs = first_inputs(trainer, 4)
     remembered = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    difference = (log_probs_of(trainer, inputs).sum(dim=1) - remembered).abs().mean().item()
+    found = torch.stack([response.sum() for response in log_probs_of(trainer, inputs)])
+    difference = (found - remembered).abs().mean().item()
     if difference > (1e-2 if config.training_dtype() == torch.float32 else 2.0):  # of a hundred nats; bfloat16 rounds
         problem = f"dpo: the reference remembered in {path} is not the policy that training starts from"
         differ = f"they differ by {difference:.3f} nats a response"
@@ -784,9 +852,11 @@ def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> lis
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    by_length = sorted(range(len(examples)), key=lambda index: -sum(map(len, examples[index].values())))
+    order = list(range(len(examples)))
+    if not graphs_of(trainer):  # whose rows have few lengths, whatever is in them
+        order.sort(key=lambda index: -sum(map(len, examples[index].values())))
     size = trainer.args.per_device_train_batch_size
-    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     found: dict[int, list[float]] = {}
     mine = batches[config.RANK :: config.PROCESSES]
     for batch in tqdm(mine, desc="reference", unit="batch", leave=False, disable=config.RANK != 0):

@@ -28,7 +28,7 @@ NOT_TRAINED = {
     *("gpu_memory_gb", "gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps"),
     *("report_to", "control", "seeds", "push_to_hub", "merge"),  # the last two are of earlier versions
 }
-OF_DPO = {"learning_rate", "beta", "loss_type", "sft_weight", "trainer"}
+OF_DPO = {"learning_rate", "beta", "loss_type", "sft_weight"}
 OF_OTHER_STAGE = {
     "sft": {"init", "epochs", "control_learning_rate"} | OF_DPO,
     "sft_more": {"sft_epochs"} | OF_DPO,

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from data.errors import UserError
 from data.pairs import ORDERS, STEM, Pair, other_letter, preference_row
-from data.trees import Tree, token_tree
+from data.trees import Tree, one_row, pad_trees, row_starts, token_tree
 
 
 def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
@@ -41,8 +43,52 @@ def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
 
 
 def tree_of(example: dict[str, Any]) -> Tree:
-    """A row of DPO as TRL tokenized it: its prompt with the chosen response, and with the rejected one."""
+    """A row as TRL tokenized it: its prompt with the chosen response and with the rejected one, or SFT's one text."""
+    if "input_ids" in example:
+        return token_tree([example["input_ids"]])
     return token_tree([example["prompt_ids"] + example[response] for response in ("chosen_ids", "rejected_ids")])
+
+
+def prompt_length(example: dict[str, Any]) -> int:
+    """How many tokens of such a row come before its response; of SFT's, TRL marks them by labels, Unsloth by a mask."""
+    if "prompt_ids" in example:
+        return len(example["prompt_ids"])
+    return example["labels"].count(-100) if "labels" in example else example["completion_mask"].count(0)
+
+
+def labels_of(examples: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What a trainer counts SFT's response tokens by: the tokens, -100 in their place elsewhere; (rows, tokens)."""
+    labels = np.full((len(examples), max(len(row["input_ids"]) for row in examples)), -100)
+    for row, values in zip(examples, labels, strict=True):
+        values[prompt_length(row) : len(row["input_ids"])] = row["input_ids"][prompt_length(row) :]
+    return labels
+
+
+def placed_trees(
+    examples: Sequence[dict[str, Any]], multiple: int, in_row: bool, lengths: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """Such rows as trees: what `one_row` makes of them, with its lengths, or `pad_trees`, with its multiple.
+
+    And `before`, `targets` and `texts`, each (response tokens,), of all chosen responses, then of all rejected ones:
+    the node before each token, counted over the whole batch, the token itself, and the number of its response.
+    """
+    trees = [tree_of(example) for example in examples]
+    if in_row:
+        starts = row_starts(trees)
+        made = one_row(trees, starts, lengths)
+    else:
+        made = pad_trees(trees, multiple)
+        starts = np.arange(len(trees)) * made["tokens"].shape[1]
+    placed = [(tree, start, prompt_length(row)) for tree, start, row in zip(trees, starts, examples, strict=True)]
+    texts = [
+        tree.paths[response][prompt - 1 :] + start  # from the prompt's last token
+        for response in range(len(trees[0].paths))
+        for tree, start, prompt in placed
+    ]
+    made["before"] = np.concatenate([nodes[:-1] for nodes in texts])
+    made["targets"] = made["tokens"].ravel()[np.concatenate([nodes[1:] for nodes in texts])]
+    made["texts"] = np.repeat(np.arange(len(texts)), [len(nodes) - 1 for nodes in texts])
+    return made
 
 
 def check_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> int:

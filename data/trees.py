@@ -10,6 +10,7 @@ row (`row_starts` and `one_row`, for Unsloth's kernel).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,21 +107,40 @@ def row_starts(trees: Sequence[Tree]) -> np.ndarray:
     return starts
 
 
-def row_padding(nodes: int) -> int:
-    """How many nodes fill a row up: to a multiple of 128 and of a 32nd of the row or less, for few lengths of rows."""
-    return -nodes % max(ATTENTION_BLOCK, 2 ** (nodes.bit_length() - 5))
+def row_lengths(trees: Sequence[Tree], count: int) -> list[int]:
+    """The few lengths, in nodes, that rows of `count` such trees are filled up to, the shortest first.
+
+    Every length costs memory and seconds, every node that fills a row up costs time. A quarter of the rows fit the
+    first, 3 of 5 the next, then 19 of 20, and the last all but one in a million, as 200 rows drawn from the trees tell.
+    """
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice(len(trees), min(count, len(trees)), replace=False) for _ in range(200)]
+    nodes = [row_nodes(row, row_starts(row)) for row in ([trees[number] for number in numbers] for numbers in drawn)]
+    wanted = [*np.quantile(nodes, [0.25, 0.6, 0.95]), np.mean(nodes) + 6 * np.std(nodes)]
+    return sorted({whole_blocks(length) for length in wanted})
 
 
-def one_row(trees: Sequence[Tree], starts: np.ndarray) -> dict[str, np.ndarray]:
-    """Trees of two branches in one row, each beginning where `starts` says.
+def row_nodes(trees: Sequence[Tree], starts: np.ndarray) -> int:
+    """Nodes of a row up to the end of its last tree."""
+    return int(max(starts + [len(tree.tokens) for tree in trees]))
+
+
+def whole_blocks(nodes: float) -> int:
+    return -(-math.ceil(nodes) // ATTENTION_BLOCK) * ATTENTION_BLOCK
+
+
+def one_row(trees: Sequence[Tree], starts: np.ndarray, lengths: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """Trees of one or two branches in one row, each beginning where `starts` says.
+
+    The row has the first of the `lengths` that it fits, and whole blocks of attention where it fits none.
 
     Returns:
         `tokens` and `positions`, (1, all nodes); `pairs` and `responses`, (all nodes,): which tree and which of its
         branches a node belongs to, -1 for the stem. Nodes between trees and after the last are one more tree's stem.
     """
     ends = starts + [len(tree.tokens) for tree in trees]
-    length = int(ends.max())
-    length += row_padding(length)
+    nodes = row_nodes(trees, starts)
+    length = next((length for length in lengths if length >= nodes), whole_blocks(nodes))
     row = {name: np.zeros((1, length), dtype=np.int64) for name in ("tokens", "positions")}
     row["pairs"] = len(trees) + np.searchsorted(np.sort(starts), np.arange(length))
     row["responses"] = np.full(length, -1)

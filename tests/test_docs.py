@@ -254,7 +254,8 @@ def test_every_message_that_the_quickstart_quotes_is_one_of_the_programs():
     assert len(lines) > 40
     for line in lines:
         line = re.sub(r"^(verdict: .+?) against .+", r"\1", line)  # test_verdict.py has what follows
-        message = re.sub(r"^(error|caveat|verdict): (starts from: |dpo: (?=… is there))?|^preset \w+ |^(ok|!!)  [\w ]+?  ", "", line)
+        before = r"^(error|caveat|verdict): (starts from: |dpo: (?=… is there))?|^preset \w+ |^(ok|!!)  [\w ]+?  "
+        message = re.sub(before, "", line)
         if message.startswith("cannot load the base model"):
             message, reason = message.split(": ", 1)
             assert is_told(reason, hub, 12), f"transformers does not say: {reason}"

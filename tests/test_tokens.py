@@ -3,14 +3,16 @@
 import re
 
 import pytest
-from conftest import make_pairs
+from conftest import REAL_PAIRS, make_pairs
 from datasets import Dataset
 
+import config
 from data.errors import UserError
-from data.pairs import preference_rows
-from data.tokens import check_tokenized, check_tokens, longest_in_tokens, pair_tree, tree_of
+from data.pairs import load_pairs, preference_rows
+from data.tokens import check_tokenized, check_tokens, longest_in_tokens, pair_tree, prompt_length, tree_of
 
 LETTERS = r"."
+LLAMA3 = config.CACHE / "llama-3-tokenizer"  # where tests/benchmarks/gpu.py fetches it to
 
 
 class Pieces:
@@ -101,3 +103,24 @@ def test_a_tokenized_pair_is_a_tree_of_its_two_texts():
     tree = tree_of({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5, 6]})
     assert [tree.tokens[path].tolist() for path in tree.paths] == [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
     assert len(tree.tokens) == 6
+
+
+def test_a_tokenized_row_of_sft_is_a_tree_of_one_branch_however_its_response_is_marked():
+    tokens = {"input_ids": [1, 2, 3, 4, 5]}
+    tree = tree_of(tokens)
+    assert [tree.tokens[path].tolist() for path in tree.paths] == [[1, 2, 3, 4, 5]]
+    assert prompt_length(tokens | {"labels": [-100, -100, -100, 4, 5]}) == 3
+    assert prompt_length(tokens | {"completion_mask": [0, 0, 0, 1, 1]}) == 3
+    assert prompt_length({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}) == 2
+
+
+@pytest.mark.skipif(not (LLAMA3.is_dir() and REAL_PAIRS.is_file()), reason="no tokenizer of Llama 3, or no pairs")
+def test_llama_3s_tokenizer_serves_every_pair():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA3)
+    assert len(tokenizer) == 128_256 and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    pairs = load_pairs(REAL_PAIRS)
+    assert check_tokens(preference_rows(pairs, "balanced"), tokenizer, 512) < 300, "none is cut"
+    for pair in pairs[::100]:
+        pair_tree(pair, tokenizer, decision_only=True)  # which finds the letters, and raises where they are no tokens

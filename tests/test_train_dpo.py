@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -335,7 +336,33 @@ def test_with_checkpointing_after_out_of_memory_there_are_no_cuda_graphs(trainin
     monkeypatch.setattr(config, "fitting_batch_size", lambda *given: (1, False, True))
     with pytest.raises(UserError, match="out of memory with a micro-batch of 1"):
         train_dpo.main([*training_flags, "--stage", "dpo", "--init", "base"])
-    assert tried == [(False, True), (True, False)]
+    assert tried == [(False, True), (False, False), (True, False)]
+
+
+def test_a_kernel_that_fails_on_the_card_leads_to_the_stock_trainer(training_flags, monkeypatch, capsys):
+    class OutOfResources(Exception):
+        pass
+
+    build_trainer = train_dpo.build_trainer
+
+    def build(stage, settings, *arguments):
+        if train_dpo.shares_prompt(settings):
+            try:
+                raise OutOfResources("shared memory, Required: 131072, Hardware limit: 101376\nin a long story")
+            except OutOfResources as error:
+                raise RuntimeError("compiling failed") from error
+        return build_trainer(stage, settings, *arguments)
+
+    monkeypatch.setattr(train_dpo, "build_trainer", build)
+    flags = [*training_flags, "--stage", "dpo", "--init", "base"]
+    train_dpo.main(flags)
+    told = "dpo: a kernel does not run on this card (shared memory, Required: 131072, Hardware limit: 101376)"
+    assert f"{told}; starting again with the stock trainer\n" in capsys.readouterr().err
+    assert run_of(flags, "dpo")["trainer"] == "stock"
+    assert losses_of(flags, "dpo")[0] == pytest.approx(math.log(2), abs=1e-3)
+    monkeypatch.setattr(train_dpo, "build_trainer", lambda *_: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        train_dpo.main([*flags, "--restart", "true"])
 
 
 # -------------------------------------------------------------------------------------------- the trainer
@@ -484,7 +511,7 @@ def test_one_process_trains_on_one_gpu(monkeypatch):
 # ---------------------------------------------------------------------------------- the shared-prompt trainer
 
 
-def dpo_trainer(flags: list[str], kind: str, init: str):
+def trainer_of(flags: list[str], kind: str, init: str, stage: str = "dpo"):
     """A trainer, stock or shared, of a policy that has left its reference."""
     flags = [*flags, "--trainer", kind, "--bits", "16"]
     settings, rows = settings_of(flags), preference_rows(make_pairs(12), "balanced", 0)
@@ -492,7 +519,7 @@ def dpo_trainer(flags: list[str], kind: str, init: str):
     if start and not start.is_dir():
         train_dpo.main([*flags, "--stage", "sft"])
     torch.manual_seed(1)
-    trainer = train_dpo.build_trainer("dpo", settings, data_of(rows, rows[:2]), start, 4)
+    trainer = train_dpo.build_trainer(stage, settings, data_of(rows, rows[:2]), start, 4)
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad:
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -501,9 +528,9 @@ def dpo_trainer(flags: list[str], kind: str, init: str):
     return trainer
 
 
-def loss_and_gradients(trainer, examples):
+def loss_and_gradients(trainer, examples, count=None):
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples), num_items_in_batch=count)
     loss.backward()
     logged = trainer._metrics["train"].items()
     logs = {name: values[-1] for name, values in logged if name.startswith(("logps", "rewards"))}
@@ -529,7 +556,7 @@ def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, 
     monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
     monkeypatch.setattr(train_dpo, "in_one_row", lambda settings: one_row)
     monkeypatch.setattr(train_dpo, "flat_hidden_states", states_of_a_row)
-    stock, shared = (dpo_trainer(training_flags, kind, init) for kind in ("stock", "shared"))
+    stock, shared = (trainer_of(training_flags, kind, init) for kind in ("stock", "shared"))
     rows = [list(stock.train_dataset), list(shared.train_dataset)]
     lengths = [len(row["prompt_ids"]) for row in rows[0]]
     assert len(set(lengths)) > 1, "the batch is padded"
@@ -555,15 +582,35 @@ def test_dpo_with_an_sft_term_is_trls(training_flags):
     assert (plain.loss_type, plain.loss_weights) == (["sigmoid"], [1.0])
 
 
-def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_loss_and_gradients_of_sft_are_those_of_the_stock_trainer(training_flags, one_row, monkeypatch):
     monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
-    losses = []
+    monkeypatch.setattr(train_dpo, "in_one_row", lambda settings: one_row)
+    monkeypatch.setattr(train_dpo, "flat_hidden_states", states_of_a_row)
+    stock, shared = (trainer_of(training_flags, kind, "base", "sft") for kind in ("stock", "shared"))
+    rows = list(stock.train_dataset)
+    for part, count in ((slice(0, 4), None), (slice(4, 5), None), (slice(0, 4), 999)):  # 999 response tokens a step
+        one, _, wanted = loss_and_gradients(stock, rows[part], count)
+        other, _, found = loss_and_gradients(shared, rows[part], count)
+        assert other == pytest.approx(one, rel=1e-5)
+        assert wanted.keys() == found.keys()
+        for name, gradient in wanted.items():
+            assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch, stage):
+    """Micro-batches of unequal response tokens are summed up to a step."""
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    losses, watched = [], []
     for kind in ("stock", "shared"):
         flags = [*training_flags, "--outputs", str(tmp_path / kind), "--trainer", kind]
-        flags += ["--init", "base", "--stage", "dpo", "--max_steps", "8", "--learning_rate", "0.01", "--bits", "16"]
-        train_dpo.main(flags)
-        losses.append(losses_of(flags, "dpo"))
+        flags += ["--init", "base", "--stage", stage, "--max_steps", "8", "--bits", "16"]
+        train_dpo.main([*flags, "--learning_rate", "0.01", "--sft_learning_rate", "0.01"])
+        losses.append(losses_of(flags, stage))
+        watched.append([row["eval_loss"] for row in run_of(flags, stage)["log_history"] if "eval_loss" in row])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][0] != losses[0][-1]
+    assert watched[1] == pytest.approx(watched[0], abs=1e-4) and watched[0]
 
 
 def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_flags, monkeypatch):
@@ -587,11 +634,11 @@ def test_the_shared_trainer_is_never_silently_another(training_flags, monkeypatc
     train_dpo.main([*training_flags, "--init", "base", "--stage", "dpo"])
     assert "shared trainer" in capsys.readouterr().out
     settings, auto = settings_of([*training_flags, "--trainer", "shared"]), settings_of(training_flags)
-    assert [train_dpo.shares_prompt(stage, auto) for stage in ("sft", "dpo")] == [False, True]
+    assert train_dpo.shares_prompt(auto)
     monkeypatch.setattr(config, "FSDP", True)
     with pytest.raises(UserError, match="the shared trainer cannot train a model that FSDP shards"):
-        train_dpo.shares_prompt("dpo", settings)
-    assert not train_dpo.shares_prompt("dpo", auto), "auto is stock there"
+        train_dpo.shares_prompt(settings)
+    assert not train_dpo.shares_prompt(auto), "auto is stock there"
 
 
 @pytest.mark.parametrize("one_row", [False, True])
@@ -660,9 +707,10 @@ def replayed(function, sample, num_warmup_iters, pool):
     return lambda batch, *weights: Replayed.apply(*batch.values(), *weights)
 
 
-def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_path, monkeypatch):
-    """Several micro-batches a step, whose gradients are summed up, and lengths that come back."""
-    captured, losses = [], []
+@pytest.fixture
+def graphs(monkeypatch) -> list[dict]:
+    """Batches that graphs were captured with, of pairs in one row; a fake replays them."""
+    captured = []
 
     def capture(function, sample, **options):
         captured.append(sample[0])
@@ -670,20 +718,46 @@ def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_pat
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(train_dpo, "in_one_row", lambda settings: True)
+    monkeypatch.setattr(train_dpo, "flat_hidden_states", states_of_a_row)
+    return captured
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_path, monkeypatch, graphs, stage):
+    """Several micro-batches a step, whose gradients are summed up, and lengths that come back."""
+    losses = []
     for replays in (False, True):
         monkeypatch.setattr(config, "fitting_batch_size", lambda *given, replays=replays: (1, False, replays))
-        flags = [*training_flags, "--outputs", str(tmp_path / str(replays)), "--init", "base", "--stage", "dpo"]
+        flags = [*training_flags, "--outputs", str(tmp_path / str(replays)), "--init", "base", "--stage", stage]
         flags += ["--learning_rate", "0.01", "--effective_batch", "4", "--max_steps", "6", "--logging_steps", "1"]
         train_dpo.main(flags)
-        losses.append(losses_of(flags, "dpo"))
+        losses.append(losses_of(flags, stage))
     assert losses[0] == losses[1] and losses[0][0] != losses[0][-1]
-    shapes = {given["tree_tokens"].shape for given in captured}
-    assert run_of(flags, "dpo")["cuda_graphs"] == len(captured) == len(shapes) > 0, "one a shape"
+    lengths = [given["tree_tokens"].shape[1] for given in graphs]
+    count = run_of(flags, stage)["cuda_graphs"]
+    assert 0 < count <= 4 and lengths == sorted(lengths[:count], reverse=True) * (2 if stage == "dpo" else 1), (
+        "one a length, the longest first, and before them those of the reference"
+    )
 
 
-def test_where_cuda_graphs_do_not_fit_the_stage_starts_again_without(training_flags, monkeypatch, capsys):
+def test_what_graphs_read_outlives_its_place_in_the_model(graphs):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1))
+            self.weight, self.tables = torch.nn.Parameter(torch.ones(1)), [None, torch.zeros(2)]
+
+    model, batch = Model(), {"tree_tokens": torch.zeros(1, 128, dtype=torch.long)}
+    made = train_dpo.Graphs(lambda model, batch: model.weight * batch["tree_tokens"], [128])
+    made(model, batch)
+    gone = [weakref.ref(model.scale), weakref.ref(model.tables[1])]
+    model.scale, model.tables = torch.ones(9), []
+    assert all(reference() is not None for reference in gone)
+
+
+def test_where_cuda_graphs_do_not_fit_the_stage_starts_again_without(training_flags, monkeypatch, graphs, capsys):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *given, **options: no_memory())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(config, "fitting_batch_size", lambda *given: (2, False, True))
     flags = [*training_flags, "--init", "base", "--stage", "dpo", "--effective_batch", "4", "--max_steps", "6"]
     train_dpo.main(flags)
@@ -888,13 +962,13 @@ def test_a_stopped_run_finishes_its_step_saves_it_and_says_how_to_go_on(long_fla
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt_the_fifth(*_):
-        forwards.append(1)
+        forwards.extend([1] * torch.is_grad_enabled())
         if len(forwards) == 5:
             os.kill(os.getpid(), number)
 
     def interrupt_later(model):
         keep(model)
-        model.register_forward_pre_hook(interrupt_the_fifth)
+        model.base_model.model.model.register_forward_pre_hook(interrupt_the_fifth)
 
     monkeypatch.setattr(train_dpo, "keep_adapter_in_float32", interrupt_later)
     with pytest.raises(SystemExit) as stopped:

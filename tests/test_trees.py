@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from data.trees import ancestor_mask, one_row, pad_trees, row_padding, row_starts, token_tree
+from data.trees import ancestor_mask, one_row, pad_trees, row_lengths, row_starts, token_tree
 
 
 def test_a_tree_holds_each_text_and_lets_a_node_see_its_ancestors_alone():
@@ -40,11 +40,20 @@ def test_attention_takes_a_pair_in_the_same_order_whatever_pairs_are_beside_it()
     assert spans[-1][1] < 1.08 * sum(sizes), "and few nodes lie between them"
 
 
-def test_rows_are_filled_up_to_few_lengths():
-    for nodes in (1, 127, 128, 129, 3900, 5000, 16_000, 33_000):
-        whole = nodes + row_padding(nodes)
-        assert whole % 128 == 0 and whole - nodes < max(128, nodes / 16)
-    assert len({nodes + row_padding(nodes) for nodes in range(15_000, 17_000)}) < 6
+def test_rows_are_filled_up_to_few_lengths_that_practically_all_fit():
+    generator = np.random.default_rng(0)
+    trees = [token_tree([generator.integers(0, 99, size).tolist()]) for size in generator.integers(170, 230, 300)]
+    lengths = row_lengths(trees, 8)
+    assert len(lengths) <= 4 and lengths == sorted(lengths)
+    found = []
+    for _ in range(300):
+        row = [trees[number] for number in generator.choice(300, 8, replace=False)]
+        found.append(one_row(row, row_starts(row), lengths)["tokens"].shape[1])
+    assert {*found} <= {*lengths}
+    assert np.mean(found) < 1.15 * 8 * 200, "and are filled up by little"
+    longer = one_row(trees[:12], row_starts(trees[:12]), lengths)["tokens"].shape[1]
+    assert longer not in lengths and longer % 128 == 0, "a row that fits none has whole blocks"
+    assert row_lengths(trees[:3], 8), "fewer trees than a row takes"
 
 
 def test_a_row_tells_of_each_node_which_tree_and_which_branch_it_is_of():

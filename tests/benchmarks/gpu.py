@@ -1,29 +1,32 @@
-"""DPO on a GPU: pairs a second and memory, by backend and micro-batch, on the shape of Llama 3 8B.
+"""Training on a GPU: pairs a second, memory and idle time, by stage, backend and micro-batch, on Llama 3's shapes.
 
     python tests/benchmarks/gpu.py --pairs data/contrastive_rec_train.jsonl --memory_gb 24
+    python tests/benchmarks/gpu.py --shape Llama-3.2-1B --stage sft --pairs ...
     python tests/benchmarks/gpu.py --model FOLDER --pairs ...        # any model folder instead
 
-Builds a model with Llama 3 8B's shape and random weights in NF4 (for speed and memory, random weights are as good as
-any), trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
-Pairs a second are over the steps after those of warm-up. The share of the matrix rate counts what a trainer has to
-compute (stock: 6 FLOP a weight and token, 2 forward and 2 back through the frozen policy and 2 forward through the
-reference; shared: 4, and a pair's prompt once; recomputation is not counted) against the rate that bf16 matrix products
-of 8192 x 8192 reach on the same card.
+Builds a model with random weights in NF4 (for speed and memory, random weights are as good as any) and Llama 3's own
+tokenizer, trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
+Pairs a second are over the steps after those of warm-up, `idle` is the share of such a step in which no kernel runs. The
+share of the matrix rate counts what a trainer has to compute (4 FLOP a weight and token, forward and back through the
+frozen weights, and 2 more where stock DPO runs its reference; shared: a pair's prompt once; recomputation is not
+counted) against the rate that bf16 matrix products of 8192 x 8192 reach on the same card.
 """
 
 import argparse
+import base64
 import json
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-WARM_UP, TIMED = 3, 8
-GRAPHS_WARM_UP = 12  # by then most shapes of a batch have come twice, and have their graph
+WARM_UP, TIMED, PROFILED = 3, 8, 2  # steps
 CASE = (  # what a record is of
-    *("device", "shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing"),
+    *("device", "shape", "stage", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing"),
     *("kernels", "optim", "cuda_graphs", "memory_cap_gb"),
 )
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
@@ -41,29 +44,61 @@ CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in 
 ]
 
 
-def build_shape(folder: Path, tokenizer_from: str) -> None:
-    """Llama 3 8B's shape with random weights, NF4, saved as a folder that both backends load."""
+LLAMA = {"vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500_000.0}
+SHAPES = {
+    "Llama-3-8B": LLAMA | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
+    "Llama-3.2-1B": LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
+}
+TOKENIZER_WHEEL = ("llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
+TOKENIZER_MEMBER = "llama_models/llama3/tokenizer.model"
+
+
+def llama3_tokenizer() -> Path:
+    """Llama 3's tokenizer as a folder in the user's cache, made from Meta's wheel at the first call."""
+    import config
+    from data.files import fetch_wheel, whole_folder
+
+    folder = config.CACHE / "llama-3-tokenizer"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as work, zipfile.ZipFile(fetch_wheel(*TOKENIZER_WHEEL, Path(work))) as wheel:
+            ranks = Path(wheel.extract(TOKENIZER_MEMBER, work))
+            with whole_folder(folder) as made:
+                convert_tokenizer(ranks, made)
+    return folder
+
+
+def convert_tokenizer(ranks: Path, folder: Path) -> None:
+    """Write Llama 3's file of tokens and ranks as a tokenizer that transformers loads."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(path):  # without tiktoken
+            return {base64.b64decode(token): int(rank) for token, rank in map(str.split, Path(path).read_text().splitlines())}
+
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    special = [begin, end, *(f"<|reserved_special_token_{number}|>" for number in range(254))]
+    tokenizer = Converter(str(ranks), extra_special_tokens=special).converted()
+    tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+    names = {"bos_token": begin, "eos_token": end, "pad_token": special[-1]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
+def build_shape(folder: Path, tokenizer_from: Path, shape: dict) -> None:
+    """A Llama of this shape with random weights, NF4, saved as a folder that both backends load."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 
-    shape = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     raw = folder.with_name(folder.name + "-bf16")
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        made = LlamaConfig(**shape, **ids, max_position_embeddings=8192, dtype="bfloat16")
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(raw)
     del model
@@ -73,7 +108,7 @@ def build_shape(folder: Path, tokenizer_from: str) -> None:
     )
     AutoModelForCausalLM.from_pretrained(raw, quantization_config=nf4, device_map={"": 0}, dtype="auto").save_pretrained(folder)
     for made in (raw, folder):
-        AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(made)
+        tokenizer.save_pretrained(made)
 
 
 def synchronize() -> None:
@@ -112,38 +147,32 @@ KERNELS = {  # part of the work: what its kernels are named; the first that fits
 }
 
 
-def profile(trainer: object, path: Path) -> None:
-    """Write how one micro-batch's forward and backward pass spends its time: seconds by kind of kernel, and idle."""
+def kernel_times(profiler: object, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds a step by part of the work, `busy` being those in which any kernel runs; and the 25 longest kernels."""
     import re
 
     import torch
 
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        synchronize()
-        began = time.monotonic()
-        trainer.accelerator.backward(trainer.compute_loss(trainer.model, batch))
-        synchronize()
-        seconds = time.monotonic() - began
-    trainer.model.zero_grad()
-    parts = dict.fromkeys(KERNELS, 0.0)
-    top = {}
-    for event in found.key_averages():
-        busy = event.self_device_time_total / 1e6
-        part = next(part for part, pattern in KERNELS.items() if re.search(pattern, event.key, re.IGNORECASE))
-        parts[part] += busy
-        top[event.key[:120]] = round(busy, 5)
-    record = {"seconds": round(seconds, 4), "idle": round(seconds - sum(parts.values()), 4)}
-    record |= {part: round(busy, 4) for part, busy in parts.items()}
-    record["top"] = dict(sorted(top.items(), key=lambda item: -item[1])[:25])
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    parts, top, busy, until = dict.fromkeys(KERNELS, 0.0), {}, 0.0, 0.0
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        start, end = event.time_range.start, event.time_range.end
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
+        part = next(part for part, pattern in KERNELS.items() if re.search(pattern, event.name, re.IGNORECASE))
+        parts[part] += end - start
+        top[event.name[:120]] = top.get(event.name[:120], 0.0) + end - start
+
+    def seconds(found: dict[str, float]) -> dict[str, float]:
+        return {name: round(value / steps / 1e6, 5) for name, value in found.items()}
+
+    return seconds({"busy": busy} | parts), seconds(dict(sorted(top.items(), key=lambda item: -item[1])[:25]))
 
 
 def run_case(case: dict) -> dict:
-    """Train one case for a few steps and measure it: keys `backend`, `trainer`, `micro_batch`, `effective_batch`,
+    """Train one case for a few steps and measure it: keys `stage`, `backend`, `trainer`, `micro_batch`, `effective_batch`,
     `checkpointing`, `preset`, `model`, `shape`, `pairs`, `work`, `memory_gb` and, or the defaults, `warm_up` and
-    `timed` steps, how many times each prompt is repeated, `prompt_times`, whose `kernels` hf takes, if not its own, and
-    `cuda_graphs` as in the settings. The record has `cuda_graphs` where they were used.
+    `timed` steps, how many times each prompt is repeated, `prompt_times`, whose `kernels` hf takes, if not its own,
+    `logging_steps`, and `cuda_graphs` as in the settings. The record has `cuda_graphs` where they were used.
     """
     import config
 
@@ -180,25 +209,31 @@ def run_case(case: dict) -> dict:
         batch_size=case["micro_batch"],
         validation_pairs=0,
         save_steps=10_000,
+        logging_steps=case.get("logging_steps", 5),
         max_length=512 * case.get("prompt_times", 1),
         **({"optim": case["optim"]} if case.get("optim") else {}),
     )
     train, _ = config.load_split(settings)
     rows = preference_rows(train, "balanced", settings.seed)
-    prompts = 1 if case["trainer"] == "shared" else 2
-    longest = longest_in_tokens(rows, config.load_tokenizer(settings), ["chosen", "rejected"], prompts)
-    _, _, graphs = config.fitting_batch_size(settings, case["effective_batch"], longest, case["trainer"] == "shared")
-    warm_up = max(case.get("warm_up", WARM_UP), GRAPHS_WARM_UP if graphs else 0)
-    settings.cuda_graphs, settings.max_steps = graphs, warm_up + timed
+    stage, shared, cuda = case.get("stage", "dpo"), case["trainer"] == "shared", torch.cuda.is_available()
+    responses, prompts = (["chosen"], 1) if stage == "sft" else (["chosen", "rejected"], 1 if shared else 2)
+    longest = longest_in_tokens(rows, config.load_tokenizer(settings), responses, prompts)
+    _, _, settings.cuda_graphs = config.fitting_batch_size(settings, case["effective_batch"], longest, shared)
+    warm_up = case.get("warm_up", WARM_UP)
+    settings.max_steps = warm_up + timed + (PROFILED if cuda else 0)
     rows = rows[: settings.max_steps * case["effective_batch"]]
     rows = [row | {"prompt": row["prompt"] * case.get("prompt_times", 1)} for row in rows]
-    clock = {}
+    clock, profiler = {}, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (warm_up, warm_up + timed):  # else steps would wait for one another
+            if state.global_step in (warm_up, warm_up + timed, settings.max_steps):  # else steps would wait for one another
                 synchronize()
                 clock[state.global_step] = time.monotonic()
+            if state.global_step == warm_up + timed and cuda:
+                profiler.start()
+            if state.global_step == settings.max_steps and cuda:
+                profiler.stop()
 
     reference_seconds = [0.0]
     real = train_dpo.reference_log_probs
@@ -215,28 +250,34 @@ def run_case(case: dict) -> dict:
     train_dpo.reference_log_probs = timed_reference
     for known in Path(case["work"]).glob("*_reference/*.json"):
         known.unlink()  # so that the pass is measured
-    trainer = train_dpo.build_trainer("dpo", settings, train_dpo.Data(rows, [], {}), None, case["micro_batch"])
+    trainer = train_dpo.build_trainer(stage, settings, train_dpo.Data(rows, [], {}), None, case["micro_batch"])
     trainer.add_callback(Clock())
     if case.get("kernels") == "compiled":
         for layer in trainer.model.base_model.model.model.layers:  # one graph a length of rows, which all layers share
             layer.compile(dynamic=False)
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
+    tokens = computed = sum(len(row["input_ids"]) for row in trainer.train_dataset) if stage == "sft" else 0
+    for row in trainer.train_dataset if stage == "dpo" else ():
+        both = len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        tokens, computed = tokens + both + len(row["prompt_ids"]), computed + both + (0 if shared else len(row["prompt_ids"]))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     seconds = clock[warm_up + timed] - clock[warm_up]
     pairs_per_second = timed * case["effective_batch"] / seconds
     peak = train_dpo.peak_memory()
+    times, top = kernel_times(profiler, PROFILED) if cuda else ({}, {})
     if case.get("profile"):
-        profile(trainer, Path(case["profile"]))
+        step = {"seconds": round(seconds / timed, 4)} | times | {"top": top}
+        Path(case["profile"]).write_text(json.dumps(step, indent=1) + "\n")
     weights = config.parameter_count(case["model"])
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
-    computed = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) + len(row["prompt_ids"]) for row in trainer.train_dataset)
-    flop = in_matrices * (4 * computed if case["trainer"] == "shared" else 6 * tokens) / len(rows)
+    flop = in_matrices * (6 if stage == "dpo" and not shared else 4) * computed / len(rows)
+    graphs = len(found.captured) if (found := train_dpo.graphs_of(trainer)) else 0
     return {
         "device": config.environment_facts()["device"],
         "shape": case["shape"],
+        "stage": stage,
         "bits": settings.bits,
         "backend": config.backend_of(settings),
         "trainer": case["trainer"],
@@ -244,18 +285,19 @@ def run_case(case: dict) -> dict:
         "effective_batch": case["effective_batch"],
         "checkpointing": case["checkpointing"],
         **{name: case[name] for name in ("kernels", "optim") if case.get(name)},
-        **({"cuda_graphs": True, "shapes_captured": len(train_dpo.graphs_of(trainer))} if graphs else {}),
+        **({"cuda_graphs": True, "shapes_captured": graphs} if graphs else {}),
         "pairs_per_second": round(pairs_per_second, 2),
         "pairs_timed": timed * case["effective_batch"],
         "seconds": round(seconds, 3),
         "tokens_per_second": round(pairs_per_second * tokens / len(rows)),
         "share_of_matrix_rate": round(pairs_per_second * flop / rate, 4),
+        "idle": round(1 - times["busy"] * timed / seconds, 3) if times else None,
         "peak_memory_gb": round(peak, 2),
         "reference_seconds_per_pair": round(reference_seconds[0] / len(rows), 5),
         "share_of_floor": round(pairs_per_second * 4 * 248 * weights / rate, 4),
         "memory_cap_gb": case["memory_gb"],
         "tokens_per_pair": round(tokens / len(rows), 1),
-        "computed_tokens_per_pair": round((computed if case["trainer"] == "shared" else tokens) / len(rows), 1),
+        "computed_tokens_per_pair": round(computed / len(rows), 1),
         "matrix_tflops": round(rate / 1e12, 1),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],  # the first alone: logging_first_step
         "steps": warm_up + timed,
@@ -265,9 +307,9 @@ def run_case(case: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True)
-    parser.add_argument("--model", help="a model folder; default: Llama 3 8B's shape with random weights")
-    parser.add_argument("--shape", default="Llama-3-8B, random weights")
-    parser.add_argument("--tokenizer", default=None, help="folder of any tokenizer; default: the small model's")
+    parser.add_argument("--model", help="a model folder; default: one of the shape, with random weights")
+    parser.add_argument("--shape", default="Llama-3-8B", help=f"one of {', '.join(SHAPES)}; or a name for --model")
+    parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo")
     parser.add_argument("--memory_gb", type=float, default=24.0, help="cap on the GPU's memory")
     parser.add_argument("--effective_batch", type=int, default=8)
     parser.add_argument("--cases", help="JSON list of [backend, trainer, micro-batch, checkpointing]")
@@ -278,7 +320,7 @@ def main() -> None:
     parser.add_argument("--kernels", choices=["liger", "compiled"], help="backend hf with Liger's (pip install liger-kernel), or torch.compile's")
     parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
     parser.add_argument("--timed", type=int, default=TIMED, help="steps after those")
-    parser.add_argument("--profile", help="also write, here, how the first case's micro-batch spends its time")
+    parser.add_argument("--profile", help="also write, here, how a step of the first case spends its time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -288,11 +330,9 @@ def main() -> None:
 
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    model = Path(options.model or work / "llama-3-8b-shape")
+    model = Path(options.model or work / options.shape)
     if not options.model and not model.is_dir():
-        import config
-
-        build_shape(model, options.tokenizer or str(config.small_model_folder()))
+        build_shape(model, llama3_tokenizer(), SHAPES[options.shape])
     path = options.results / "gpu.json"
     records = []
     for backend, trainer, micro_batch, checkpointing in json.loads(options.cases) if options.cases else CASES:
@@ -300,7 +340,7 @@ def main() -> None:
             "backend": backend, "trainer": trainer, "micro_batch": micro_batch, "checkpointing": checkpointing,
             "preset": "thesis", "model": str(model),
             "pairs": options.pairs, "memory_gb": options.memory_gb, "effective_batch": max(options.effective_batch, micro_batch),
-            "shape": options.shape, "work": str(work), "out": str(work / "record.json"),
+            "shape": options.shape if options.model else f"{options.shape}, random weights", "stage": options.stage, "work": str(work), "out": str(work / "record.json"),
             "profile": options.profile if not records else None,
             **{name: getattr(options, name) for name in ("kernels", "optim") if getattr(options, name)},
             "warm_up": options.warm_up, "timed": options.timed, "cuda_graphs": {"true": True, "false": False}.get(options.cuda_graphs),
@@ -335,12 +375,12 @@ def in_own_process(case: dict) -> dict:
         return json.loads(Path(case["out"]).read_text())
     print(done.stderr[-3000:], file=sys.stderr)
     reason = "out of memory" if "OutOfMemoryError" in done.stderr else (done.stderr.strip().splitlines() or ["?"])[-1]
-    kept = ("shape", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels", "optim", "cuda_graphs")
+    kept = ("shape", "stage", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing", "kernels", "optim", "cuda_graphs")
     return {key: case[key] for key in kept if key in case} | {"memory_cap_gb": case["memory_gb"], "failed": reason[:200]}
 
 
 def as_table(records: list[dict]) -> str:
-    columns = ["device", "shape", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "peak_memory_gb", "first_loss"]
+    columns = ["device", "shape", "stage", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "idle", "peak_memory_gb", "first_loss"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
