@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,20 +140,57 @@ def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bo
     return groups
 
 
-def user_picker(show: Callable[[str], None], groups: dict[str, list[str]]) -> Any:
-    """A widget to choose a group of users and one of them; what show(pair_id) displays stands below."""
+def newest_in(area: Any, pages: Callable[..., Iterable[str]]) -> Callable[..., threading.Thread]:
+    """A function that shows pages(...), of HTML, one by one in an Output widget; called anew, it ends the older call.
+
+    It works in a thread of its own: JupyterLab handles one message of a widget after another, so that a second pick
+    would wait until all of the first is written.
+    """
+    lock, calls = threading.Lock(), list[object]()
+
+    def put(call: object, page: str) -> bool:
+        with lock:
+            if newest := calls[-1] is call:
+                area.outputs = ({"output_type": "display_data", "data": {"text/html": page}, "metadata": {}},)
+        return newest
+
+    def work(call: object, arguments: tuple[Any, ...]) -> None:
+        try:
+            for page in pages(*arguments):
+                if not put(call, page):
+                    return
+        except Exception as error:  # nobody sees what a thread raises
+            name = "" if isinstance(error, UserError | PairsError) else f"{type(error).__name__}: "
+            put(call, f"<pre>{html.escape(name + printable(str(error)))}</pre>")
+
+    def show(*arguments: Any) -> threading.Thread:
+        call = object()
+        with lock:
+            calls[:] = [call]
+        put(call, BEING_WRITTEN)
+        thread = threading.Thread(target=work, args=(call, arguments), daemon=True)
+        thread.start()
+        return thread
+
+    return show
+
+
+def user_picker(pages: Callable[[str], Iterable[str]], groups: dict[str, list[str]]) -> Any:
+    """A widget to choose a group of users and one of them; the HTML of pages(pair_id) stands below."""
     import ipywidgets as widgets
 
     options = [(f"{name} ({len(users):,})", users) for name, users in groups.items() if users]
     group = widgets.Dropdown(description="users", options=options)
-    user = widgets.Dropdown(description="user", options=group.value)
+    user, area = widgets.Dropdown(description="user", options=group.value), widgets.Output()
+    show = newest_in(area, pages)
     group.observe(lambda change: setattr(user, "options", change["new"]), "value")
-    shown = widgets.interactive_output(lambda pair_id: show(pair_id), {"pair_id": user})
-    return widgets.VBox([widgets.HBox([group, user]), shown])
+    user.observe(lambda change: show(change["new"]), "value")
+    show(user.value)
+    return widgets.VBox([widgets.HBox([group, user]), area])
 
 
-def own_pair_box(show: Callable[..., None], history: Sequence[str], *two_films: tuple[str, str]) -> Any:
-    """A widget to write a history and two films, beginning with those given; what show(...) displays stands below."""
+def own_pair_box(pages: Callable[..., Iterable[str]], history: Sequence[str], *two_films: tuple[str, str]) -> Any:
+    """A widget to write a history and two films, beginning with those given; the HTML of pages(...) stands below."""
     import ipywidgets as widgets
 
     wide = {"layout": widgets.Layout(width="40em"), "style": {"description_width": "8em"}}
@@ -161,13 +199,12 @@ def own_pair_box(show: Callable[..., None], history: Sequence[str], *two_films: 
     for number, (title, genres) in enumerate(two_films, start=1):
         films.append(widgets.Text(title, description=f"film {number}", **wide))
         films.append(widgets.Text(genres, description="its genres", **wide))
-    button, output = widgets.Button(description="Compare"), widgets.Output()
+    button, area = widgets.Button(description="Compare"), widgets.Output()
+    show = newest_in(area, pages)
 
     def compare(_: Any) -> None:
-        output.clear_output(wait=True)
-        with output:
-            values = [field.value for field in films]
-            show(titles.value.splitlines(), tuple(values[:2]), tuple(values[2:]))
+        values = [field.value for field in films]
+        show(titles.value.splitlines(), tuple(values[:2]), tuple(values[2:]))
 
     button.on_click(compare)
-    return widgets.VBox([titles, *films, button, output])
+    return widgets.VBox([titles, *films, button, area])

@@ -1,6 +1,8 @@
 """What the notebook shows: results, one user under every arm, and pickers."""
 
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import ipywidgets
@@ -87,23 +89,73 @@ def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_firs
     assert not any(display.user_groups(test, None, live=False).values())
 
 
+def page_in(area):
+    [output] = area.outputs
+    return output["data"]["text/html"]
+
+
+def wait_for(area, text):
+    until = time.monotonic() + 20
+    while page_in(area) != text and time.monotonic() < until:
+        time.sleep(0.005)
+    assert page_in(area) == text
+
+
 def test_picking_a_user_shows_that_user():
-    shown = []
-    picker = display.user_picker(shown.append, {"all": ["u1", "u2", "u3"], "none": [], "some": ["u3", "u2"]})
-    group, user = picker.children[0].children
-    assert [label for label, _ in group.options] == ["all (3)", "some (2)"] and shown == ["u1"]
+    groups = {"all": ["u1", "u2", "u3"], "none": [], "some": ["u3", "u2"]}
+    picker = display.user_picker(lambda user: [f"first {user}", user], groups)
+    (group, user), area = picker.children[0].children, picker.children[1]
+    assert [label for label, _ in group.options] == ["all (3)", "some (2)"]
+    wait_for(area, "u1")
     user.value = "u2"
+    wait_for(area, "u2")
     group.index = 1
-    assert shown == ["u1", "u2", "u3"] and list(user.options) == ["u3", "u2"]
+    wait_for(area, "u3")
+    assert list(user.options) == ["u3", "u2"]
+
+
+def test_a_second_pick_ends_what_the_first_one_shows():
+    asked, go_on = [], threading.Event()
+
+    def pages(user):
+        yield f"first {user}"
+        go_on.wait(20)
+        asked.append(user)
+        yield user
+        asked.append(f"more {user}")
+
+    area = ipywidgets.Output()
+    show = display.newest_in(area, pages)
+    one = show("u1")
+    wait_for(area, "first u1")
+    two = show("u2")  # at once, whatever the first one still does
+    wait_for(area, "first u2")
+    go_on.set()
+    one.join(20)
+    two.join(20)
+    assert page_in(area) == "u2" and sorted(asked) == ["more u2", "u1", "u2"]
+
+
+def test_what_fails_in_a_widget_is_said_in_it():
+    def refuse(error):
+        yield "begun"
+        raise error
+
+    area = ipywidgets.Output()
+    show = display.newest_in(area, refuse)
+    show(PairsError("no <year>")).join(20)
+    assert page_in(area) == "<pre>no &lt;year&gt;</pre>"
+    show(KeyError("a bug")).join(20)
+    assert page_in(area) == "<pre>KeyError: &#x27;a bug&#x27;</pre>"
 
 
 def test_the_form_for_ones_own_pair_hands_over_what_is_written_in_it():
-    shown, films = [], (("C (1992)", "War"), ("D (1993)", "Drama"))
-    box = display.own_pair_box(lambda *given: shown.append(given), ["A (1990)", "B (1991)"], *films)
-    titles, one, genres, *_ = box.children
+    films = (("C (1992)", "War"), ("D (1993)", "Drama"))
+    box = display.own_pair_box(lambda *given: [repr(given)], ["A (1990)", "B (1991)"], *films)
+    titles, one, genres, *_, area = box.children
     titles.value, one.value, genres.value = "E (1990)\nF (1991)", "G (1992)", "Comedy|War"
     next(child for child in box.children if isinstance(child, ipywidgets.Button)).click()
-    assert shown == [(["E (1990)", "F (1991)"], ("G (1992)", "Comedy|War"), ("D (1993)", "Drama"))]
+    wait_for(area, repr((["E (1990)", "F (1991)"], ("G (1992)", "Comedy|War"), ("D (1993)", "Drama"))))
 
 
 def test_what_the_user_must_fix_is_said_and_nothing_else(capsys):
