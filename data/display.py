@@ -94,7 +94,7 @@ def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known:
     lines = ["<p><b>history</b>: " + "; ".join(map(html.escape, pair.history)) + "</p>"]
     for role, film in ((first, pair.preferred), (second, pair.other)):
         lines.append(f"<p><b>{role}</b>: {html.escape(str(film))}</p>")
-    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:3em"></th>')
+    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:6em"></th>')
     lines += [f'<th style="{left}">with {first} as Option {order}</th>' for order in ORDERS]
     lines.append(f'<th style="{left}; width:11em">both orders together</th>')
     for arm, found in rows.groupby("arm", sort=False):
