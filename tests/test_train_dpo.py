@@ -826,15 +826,15 @@ def scores(flags: list[str], stage: str) -> np.ndarray:
 
 
 def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(long_flags, tmp_path, monkeypatch, capsys):
-    """SIGKILL in SFT, in DPO, while a checkpoint is written, and in the final save; float32 over 16-bit weights."""
-    flags = [*long_flags, "--bits", "16", "--outputs", str(tmp_path / "killed")]
+    """SIGKILL in SFT, in the control while it writes a checkpoint, in DPO, and in its final save; 16-bit weights."""
+    flags = [*long_flags, "--bits", "16", "--control", "true", "--outputs", str(tmp_path / "killed")]
     undisturbed = [*flags, "--outputs", str(tmp_path / "undisturbed")]
     monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
     train_dpo.main(undisturbed)
     for stage, moment, step, goes_on_from in (
         ("sft", "step", 3, None),
-        ("dpo", "checkpoint", 4, "sft_checkpoints/checkpoint-2"),
-        ("dpo", "step", 5, "dpo_checkpoints/checkpoint-2"),
+        ("sft_more", "checkpoint", 4, "sft_checkpoints/checkpoint-2"),
+        ("dpo", "step", 5, "sft_more_checkpoints/checkpoint-2"),
         ("dpo", "save", 0, "dpo_checkpoints/checkpoint-4"),
     ):
         run = drive(stage, moment, step, "float32", flags)
@@ -843,11 +843,11 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(long_flags, tm
         assert not folder_of(flags, "dpo").exists()
     train_dpo.main(flags)
     assert "dpo_checkpoints/checkpoint-6" in capsys.readouterr().err
-    for stage in ("sft", "dpo"):
+    for stage in ("sft", "sft_more", "dpo"):
         assert run_of(flags, stage)["steps"] == 6, "not one more, at a learning rate of 0"
         assert np.abs(scores(flags, stage) - scores(undisturbed, stage)).max() < 1e-6
     left = sorted(path.name for path in (tmp_path / "killed").iterdir() if not path.name.endswith("_reference"))
-    finished = sorted(folder_of(flags, stage).name for stage in ("sft", "dpo"))
+    finished = sorted(folder_of(flags, stage).name for stage in ("sft", "sft_more", "dpo"))
     assert left == finished, "nothing is left of the killed runs"
 
 
