@@ -141,7 +141,7 @@ def test_a_run_that_lasts_long_keeps_no_other_from_being_scored(tmp_path, monkey
 
     def command(self, script, flags, log, slots, priority=0):
         if log == "ablations/sft_sft_x3":
-            waited.append(others_scored.wait(20))
+            waited.append(others_scored.wait(120))
         if "/eval_" in log and "dpo_sft_x2=" in flags:
             others_scored.set()
         (tmp_path / "work" / log / ("evaluation" if "/eval_" in log else "x_final")).mkdir(parents=True)
