@@ -188,12 +188,12 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     monkeypatch.chdir(config.ROOT)
     folder = display.results_folder(tmp_path)
     assert folder in display.PUBLISHED
-    assert len(training_runs(config.ROOT / "docs" / "results" / "small")) == 2
+    assert len(training_runs(config.ROOT / "docs" / "results" / "small")) == 3
 
     published = tmp_path / "results"
     (published / "runs").mkdir(parents=True)
     (published / "metrics.json").write_bytes((evaluation / "metrics.json").read_bytes())
-    for name in ("main_seed1", "search_seed1"):  # of a study, the main comparison's runs are shown
+    for name in ("main_dpo_3407", "main_dpo_3409", "search_seed1"):  # of a study, the runs that were compared are shown
         (published / "runs" / f"{name}.run.json").write_text(json.dumps(runs["dpo 3407"]))
     (published / "runs" / "main_eval.run.json").write_text(json.dumps({"seconds": {}}))
     assert display.read_results(published)[1] is None
@@ -202,11 +202,11 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     pd.testing.assert_frame_equal(display.read_results(published)[1], recorded)
     assert len(recorded) == 8 * 18 * 2
     runs = training_runs(published)
-    assert list(runs) == ["main_seed1"]
+    assert list(runs) == ["main_dpo_3407"]
     assert evaluate_dpo.settings_of_results(published, runs, "o").base_model == evaluated.base_model
     monkeypatch.chdir(tmp_path)
     write_pairs("data/elsewhere.jsonl", make_pairs(2))
-    runs["main_seed1"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
+    runs["main_dpo_3407"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
     assert evaluate_dpo.settings_of_results(published, runs, "o").pairs == "data/elsewhere.jsonl"
 
 
