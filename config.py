@@ -237,9 +237,10 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
         if sum(argument.partition("=")[0] == f"--{name}" for argument in arguments) > 1:
             problem = f"--{name} is given twice, and the first would be lost"
             raise UserError(problem, f"Give all of them after one --{name}.")
+    switches = {f"--{name}" for name, setting in fields.items() if isinstance(setting.default, bool)}
     for index, argument in enumerate(arguments):
         before = arguments[index - 1] if index else ""
-        takes_none = not before.startswith("--") or "=" in before or before[2:] in ("check", "restart", "fast")
+        takes_none = not before.startswith("--") or "=" in before or before in switches
         if takes_none and argument.endswith((".yaml", ".yml", ".json")) and not argument.startswith("--"):
             flags, nulls = _file_as_flags(argument, fields)
             arguments = [*flags, *arguments[:index], *arguments[index + 1 :]]  # other flags override the file's
