@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import REAL_PAIRS, make_pairs
 
+from data import baselines
 from data.baselines import BASELINES, baseline_margins, film_counts
 from data.measures import wins
 from data.pairs import Movie, Pair, load_pairs, split_pairs
@@ -76,3 +77,15 @@ def test_a_training_row_does_not_see_itself():
     popular = [replace(pair, other=pairs[0].preferred) for pair in pairs[100:]]
     margins = baseline_margins(pairs, popular)["learned"]
     assert np.abs(margins).max() < 0.1, "a count of one says nothing"
+
+
+def test_what_a_training_row_sees_is_what_the_others_counted(monkeypatch):
+    """Its features are those of the same pair in the test part, with its user left out of the training part."""
+    seen = []
+    monkeypatch.setattr(baselines, "log_odds", lambda train, test: seen.append((train, test)) or np.zeros(len(test)))
+    pairs = [replace(pair, preferred=Movie(pair.history[0].replace("0 ", "1 "), ("War",))) for pair in make_pairs(40)]
+    pairs += [replace(pair, history=(*pair.history[1:], "Shared (1980)")) for pair in pairs]
+    baseline_margins(pairs, pairs[:1])
+    for number in (0, 7, 50):
+        baseline_margins([pair for pair in pairs if pair.user_id != pairs[number].user_id], [pairs[number]])
+        assert seen[-1][1][0] == pytest.approx(seen[0][0][number])
