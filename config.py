@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 from data import errors
 from data.adapters import adapted_layers
-from data.bases import HUB_NAMES, Base, base_key, base_problem, training_problem
+from data.bases import HUB_NAMES, Base, base_key, base_problem, resolved, training_problem
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
@@ -330,8 +330,7 @@ def _refuse(problem: str, hint: str = "") -> None:
 
 def short_name(base_model: str) -> str:
     """The base model's name in paths, such as `llama3`."""
-    path = Path(os.path.realpath(base_model) if Path(base_model).is_dir() else base_model)
-    made = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
+    made = re.sub(r"[^a-z0-9]+", "-", Path(resolved(base_model)).name.lower()).strip("-")
     return KNOWN_MODELS.get(base_model, (made,))[0]
 
 

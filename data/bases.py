@@ -40,9 +40,14 @@ def original_name(base_model: str) -> str:
     return base_model.removesuffix("-bnb-4bit")
 
 
+def resolved(base_model: str) -> str:
+    """A folder's one path, by whichever it is given; any other name as it is."""
+    return os.path.realpath(base_model) if Path(base_model).is_dir() else base_model
+
+
 def base_key(base_model: str) -> str:
     """Equal for two spellings of one base model: a folder by any of its paths, a model stored in 16 or 4 bits."""
-    name = original_name(os.path.realpath(base_model) if Path(base_model).is_dir() else base_model)
+    name = original_name(resolved(base_model))
     return MIRRORS.get(name, name)
 
 

@@ -208,8 +208,8 @@ def warnings_on(train: Sequence[Pair], test: Sequence[Pair]) -> list[str]:
     found = []
     if len(leaked) > 0.1 * len(test):
         found.append(
-            f"{len(leaked):,} of {len(test):,} test pairs share four films in a row with a training pair: if they are "
-            "windows of one user's history, training has seen what is tested; give each line its user_id"
+            f"{len(leaked):,} of {len(test):,} test pairs share four films in a row with a training pair: training may "
+            "have seen what is tested; give each line its user_id"
         )
     if 0 < (nameless := sum(not pair.user for pair in everything)) < len(everything):
         found.append(f"{nameless:,} of {len(everything):,} pairs name no user, where others do")
