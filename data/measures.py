@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, ndtr, ndtri, stdtrit
 
+from data.errors import UserError
 from data.predictions import LOG_PROBS, MARGINS, margins_of
 
 SCHEMA_VERSION = 2  # of metrics.json
@@ -73,15 +74,11 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
     An arm with several runs is the mean over them. Users are paired between arms, and so are runs where two arms
     have the same seeds.
     """
-    own = predictions[predictions["history"] == "own"]
-    pairs = own.drop_duplicates("pair_id").sort_values("pair_id")
-    users = pairs["user_id"].factorize()[0]
+    pairs, users, runs, measured = measures_of_arms(predictions)
     count = int(users.max()) + 1
-    runs = scores_of_runs(predictions, pairs)
-    arms, measured = {}, {}
-    for arm, rows in own.groupby("arm", sort=False):
+    arms = {}
+    for arm, rows in predictions[predictions["history"] == "own"].groupby("arm", sort=False):
         kind = rows["kind"].iloc[0]
-        measured[arm] = measures_of_runs(arm, kind, runs[arm], popularity_of(pairs), users)
         near_ties = int((rows["decision_margin"].abs() < NEAR_TIE).sum())
         about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
         about |= {"reference": rows["reference"].max() or None}
@@ -102,6 +99,45 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         found["p_holm"] = p
     about = {"schema_version": SCHEMA_VERSION, "users": count, "pairs": len(pairs)}
     return about | {"arms": arms, "comparisons": comparisons}
+
+
+def measures_of_arms(predictions: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray, dict, dict]:
+    """(a row per pair, the number of each pair's user, `scores_of_runs`, each arm's measures by name)."""
+    own = predictions[predictions["history"] == "own"]
+    pairs = own.drop_duplicates("pair_id").sort_values("pair_id")
+    users = pairs["user_id"].factorize()[0]
+    runs, kinds, popular = scores_of_runs(predictions, pairs), own.groupby("arm")["kind"].first(), popularity_of(pairs)
+    measured = {arm: measures_of_runs(arm, kinds[arm], runs[arm], popular, users) for arm in own["arm"].unique()}
+    return pairs, users, runs, measured
+
+
+def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, Any]:
+    """How much more DPO leads SFT, and each control, in these predictions than in others: those of 16 bits, say.
+
+    Returns:
+        By comparison, such as `dpo - sft_more`: the difference of the two leads in ranking accuracy, in points, with
+        its 95% interval, its scope, and the smallest difference that these users and runs can tell from 0.
+
+    Raises:
+        UserError: the two are not of the same pairs, or have no lead in common.
+    """
+    (pairs, users, _, here), (other_pairs, _, _, there) = map(measures_of_arms, (predictions, others))
+    if [*pairs["pair_id"]] != [*other_pairs["pair_id"]]:
+        raise UserError("the two evaluations are not of the same test pairs", "Score both on one pairs file.")
+    found = {}
+    for arm in ("sft", *sft_controls(here)):
+        if {"dpo", arm} <= here.keys() & there.keys():
+            leads = [difference(*(arms[name]["ranking_accuracy"] for name in ("dpo", arm))) for arms in (here, there)]
+            if all(len(lead) == 1 for lead in leads):
+                parts = difference(leads[0][0], leads[1][0])
+            else:
+                parts = [*leads[0], *map(negated, leads[1])]
+            interval, scope = difference_interval(parts, len(pairs)), scope_of(parts)
+            detectable = users_needed(interval, int(users.max()) + 1, scope)["detectable_points"]
+            found[f"dpo - {arm}"] = interval | {"scope": scope, "detectable_points": detectable}
+    if not found:
+        raise UserError("the two evaluations have no arms dpo and sft in common", "Give those of both trainings.")
+    return found
 
 
 def compared_arms(arms: dict[str, Any]) -> list[tuple[str, str]]:
@@ -329,7 +365,11 @@ def difference(one: Measured, other: Measured) -> list[Measured]:
     """One measure of two arms as the parts of their difference: one where their runs are paired by seed, else two."""
     if one.seeds == other.seeds and one.trained == other.trained:
         return [one._replace(values=one.values - other.values, influence=one.influence - other.influence)]
-    return [one, other._replace(values=-other.values, influence=-other.influence)]
+    return [one, negated(other)]
+
+
+def negated(measured: Measured) -> Measured:
+    return measured._replace(values=-measured.values, influence=-measured.influence)
 
 
 def difference_interval(parts: Sequence[Measured], pairs: int) -> dict[str, Any]:

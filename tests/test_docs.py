@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from benchmarks import experiment, simulation
+from benchmarks import simulation, study_report
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.cli.upload import upload
 from safetensors.torch import load_file
@@ -381,6 +381,9 @@ def test_the_tables_of_the_study_are_those_of_its_files():
     if not (results / "predictions.csv.gz").exists():
         pytest.skip("the study has not been run")
     page = (results / "README.md").read_text(encoding="utf-8")
-    assert experiment.filled(page, results) == page
+    made = study_report.tables(results)
+    assert study_report.filled(page, made) == page
+    assert (results / "tables.md").read_text(encoding="utf-8") == study_report.all_tables(made)
     metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
-    assert experiment.published_metrics(results) == metrics, "predictions.csv.gz gives metrics.json"
+    rows = read_predictions(results / "predictions.csv.gz")
+    assert judge(compute_metrics(rows)) == metrics, "predictions.csv.gz gives metrics.json"

@@ -11,6 +11,7 @@ from conftest import make_pairs, predictions_of
 from scipy import stats
 from scipy.special import expit
 
+from data.errors import UserError
 from data.measures import (
     MEASURES,
     Measured,
@@ -21,6 +22,7 @@ from data.measures import (
     estimate,
     generation_measures,
     holm,
+    interaction,
     mcnemar,
     mean_of,
     temperature,
@@ -287,3 +289,48 @@ def test_holm_is_the_step_down_correction():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+# ------------------------------------------------------------------------------ does the lead depend on something
+
+
+def study_of(random: np.random.Generator, lead: float, seeds: int, users: int = 300) -> pd.DataFrame:
+    """Predictions of sft, its control and dpo, of several runs; the users' difficulty is the same in each."""
+    pair = np.random.default_rng(0).normal(size=(users, 1))
+    parts = []
+    for seed in range(seeds):
+        gains = {"sft": 0, "sft_more": 0.2, "dpo": lead}
+        arms = {arm: pair + gain + random.normal(size=(users, 2)) for arm, gain in gains.items()}
+        parts.append(predictions_of(**arms).assign(seed=str(seed)))
+    return pd.concat(parts)
+
+
+def test_the_change_of_a_lead_is_the_difference_of_both_leads():
+    here, there = (study_of(np.random.default_rng(number), lead, 4) for number, lead in ((1, 0.9), (2, 0.4)))
+    found = interaction(here, there)
+    leads = [compute_metrics(rows)["comparisons"] for rows in (here, there)]
+    for name in ("dpo - sft", "dpo - sft_more"):
+        change = found[name]
+        assert change["value"] == pytest.approx(leads[0][name]["value"] - leads[1][name]["value"], abs=1e-5)
+        assert change["low"] < change["value"] < change["high"] and change["scope"] == "method"
+        runs = [leads[0][name]["runs"][seed] - leads[1][name]["runs"][seed] for seed in "0123"]
+        assert list(change["runs"].values()) == pytest.approx(runs, abs=1e-5)
+    widths = [one["high"] - one["low"] for one in (found["dpo - sft"], leads[0]["dpo - sft"])]
+    assert widths[0] > widths[1], "it is less certain than one lead"
+    assert change["detectable_points"] == pytest.approx(1.43 * (change["high"] - change["low"]) / 2, rel=0.01)
+
+
+def test_leads_of_other_seeds_are_compared_too_and_less_surely():
+    here, there = (study_of(np.random.default_rng(number), 0.5, 4) for number in (1, 2))
+    paired = interaction(here, there)["dpo - sft"]
+    other = interaction(here, there.assign(seed=there["seed"].map(lambda seed: f"1{seed}")))["dpo - sft"]
+    assert other["value"] == paired["value"] and "runs" not in other
+
+
+def test_leads_over_other_pairs_are_not_compared():
+    random = np.random.default_rng(0)
+    with pytest.raises(UserError, match="not of the same test pairs"):
+        interaction(study_of(random, 0.5, 3), study_of(random, 0.5, 3, 200))
+    with pytest.raises(UserError, match="no arms dpo and sft in common"):
+        rows = study_of(random, 0.5, 3)
+        interaction(rows, rows[rows["arm"] == "sft"])

@@ -1,0 +1,247 @@
+"""What the study's rows say: measures, tables and figures in docs/results, from the predictions that lie there."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from data.figures import plot_all
+from data.files import read_json, write_json, write_text
+from data.measures import MEASURES, compute_metrics, interaction, wins
+from data.predictions import COLUMNS, NUMBERS, completed, read_predictions
+from data.report import cell, summary, table
+from data.verdict import interval_text, judge
+
+MAIN = {"4bit": "predictions.csv.gz", "16bit": "predictions_16bit.csv.gz"}
+ABLATIONS = "ablations.csv.gz"
+MODEL = "SmolLM2-135M-Instruct-Q4_1 in {} bits"
+SHOWN = ("accuracy", "margins", "seeds", "popularity", "reliability")  # of evaluate_dpo.py's figures
+MAIN_STUDY = "unchanged"
+PANELS = {  # figure and rows of the table: [(value, study)]
+    "beta": [("0.05", "beta_0.05"), ("0.1", MAIN_STUDY), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
+    "LoRA rank": [("8", "rank_8"), ("16", MAIN_STUDY), ("64", "rank_64")],
+    "loss": [
+        *(("sigmoid", MAIN_STUDY), ("sigmoid + SFT", "dpo_with_sft_loss")),
+        *(("IPO", "loss_ipo"), ("APO-zero", "loss_apo_zero")),
+    ],
+    "learning rate of DPO": [("× 1", MAIN_STUDY), ("× 3.2", "dpo_rate_3.2")],
+    "start of DPO": [("SFT", MAIN_STUDY), ("base", "dpo_from_base")],
+    "epochs of SFT": [("× 1", MAIN_STUDY), ("× 2", "sft_x2"), ("× 3", "sft_x3")],
+    "pairs, as many passes": [("128", "pairs_128_passes"), ("1,024", "pairs_1024_passes"), ("all", MAIN_STUDY)],
+    "pairs, as many steps": [("128", "pairs_128_steps"), ("1,024", "pairs_1024_steps"), ("all", MAIN_STUDY)],
+    "option order in training": [
+        *(("balanced", MAIN_STUDY), ("both", "order_both"), ("as in the file", "order_original")),
+    ],
+    "negatives: trained on, tested on": [
+        (f"{trained}, {tested}", f"negatives_{trained}_on_{tested}")
+        for trained in ("random", "matched")
+        for tested in ("random", "matched")
+    ],
+}
+
+
+def report(results: Path) -> None:
+    """Write metrics.json of each precision, interaction.json, ablations.json, tables.md, the figures and README's tables."""
+    main = {study: read_predictions(results / name) for study, name in MAIN.items() if (results / name).exists()}
+    metrics = {study: judge(compute_metrics(rows)) for study, rows in main.items()}
+    for study, found in metrics.items():
+        write_json(results / f"metrics{'' if study == '4bit' else '_16bit'}.json", found)
+    if len(main) == 2:
+        write_json(results / "interaction.json", interaction(main["16bit"], main["4bit"]))
+    with tempfile.TemporaryDirectory() as work:
+        plot_all(main["4bit"], metrics["4bit"], Path(work) / "figures")
+        for name in SHOWN:
+            if (made := Path(work) / "figures" / f"{name}.png").exists():
+                shutil.copy(made, results / made.name)
+    write_json(results / "ablations.json", ablations(results, main["4bit"]))
+    made = tables(results)
+    page = results / "README.md"
+    write_text(page, filled(page.read_text(encoding="utf-8"), made))
+    write_text(results / "tables.md", all_tables(made))
+
+
+def ablations(results: Path, main: pd.DataFrame) -> dict[str, Any]:
+    """Measures of each ablation. Its DPO is compared with its SFT, or the main study's, and with the unchanged DPO.
+
+    Of the main study those runs are taken that have the seeds of the ablation, and the same users.
+    """
+    numbers = {name: [""] for name in NUMBERS}
+    rows = pd.read_csv(results / ABLATIONS, dtype={"seed": str}, keep_default_na=False, na_values=numbers)
+    rows = completed(rows.astype({"preferred_more_popular": str}))
+    columns = [name for name in rows if name != "study"]
+    first_seeds = sorted(seed for seed in main["seed"].unique() if seed)[:3]
+    found = {MAIN_STUDY: measured(unchanged(main, first_seeds))}
+    for study, part in rows.groupby("study", sort=False):
+        part = part[columns]
+        seeds = sorted(seed for seed in part["seed"].unique() if seed)
+        here = unchanged(main, seeds)
+        if set(here["pair_id"]) == set(part["pair_id"]) and study != "read_in_16":
+            beside = here[(here["arm"] == "dpo") | ((here["arm"] == "sft") & ~(part["arm"] == "sft").any())]
+            part = pd.concat([part, beside.replace({"arm": {"dpo": MAIN_STUDY}})])
+        found[study] = measured(part)
+    return found
+
+
+def unchanged(main: pd.DataFrame, seeds: list[str]) -> pd.DataFrame:
+    """The trained arms of the main study, of these seeds alone, with the columns of an ablation."""
+    own = main[(main["history"] == "own") & (main["kind"] == "model") & main["seed"].isin(seeds)]
+    return completed(own[list(COLUMNS[1])])
+
+
+def measured(rows: pd.DataFrame) -> dict[str, Any]:
+    return judge(compute_metrics(rows))
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Every table in Markdown, by name."""
+    read = {name: read_json(results / f"{name}.json") for name in ("metrics", "metrics_16bit", "interaction")}
+    metrics, found = read["metrics"], read_json(results / "ablations.json")
+    made = {
+        "main": f"```text\n{table(metrics)}\n\n{summary(metrics, MODEL.format(4))}\n```",
+        "runs": runs_table(metrics, read["metrics_16bit"]),
+        "also": measures_table(metrics, ["popularity_balanced_accuracy", "accuracy_against_popularity", "personalisation_gap"]),
+        "calibration": measures_table(metrics, ["calibration_error", "dpo_calibration_error", "dpo_temperature"]),
+        "displacement": measures_table(metrics, ["chosen_change", "rejected_change"]),
+        "shortcut": shortcut_table(results),
+        "ablations": ablations_table(found),
+        "search": search_table(read_json(results / "search.json")),
+        "answers": answers_table(read_json(results / "generation.json")),
+        "cost": cost_table(read_json(results / "runs.json")),
+    }
+    if read["interaction"]:
+        made["bits"] = bits_table(metrics, read["metrics_16bit"], read["interaction"])
+    for name in ("read_in_16", "transfer"):
+        if name in found:
+            shown = ["ranking_accuracy", "order_free_accuracy", "position_bias", "precision_consistency"]
+            made[name] = measures_table(found[name], shown[: 4 if name == "read_in_16" else 2])
+    return made
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
+def measures_table(metrics: dict[str, Any], names: list[str]) -> str:
+    """Models and baselines that have one of these measures."""
+    heads = [f"{label} ({unit})" if unit else label for label, unit in (MEASURES[name] for name in names)]
+    rows = [
+        [arm, *(cell(values[name], MEASURES[name][1]) for name in names)]
+        for arm, values in metrics["arms"].items()
+        if any(values[name]["value"] is not None for name in names)
+    ]
+    return markdown(["arm", *heads], rows)
+
+
+def runs_table(*precisions: dict[str, Any]) -> str:
+    """Ranking accuracy of every run of the main study."""
+    rows = []
+    for bits, metrics in zip((4, 16), precisions, strict=False):
+        runs = {arm: values["ranking_accuracy"].get("runs") for arm, values in metrics.get("arms", {}).items()}
+        for arm, values in runs.items():
+            rows += [[bits, arm, *(f"{value:.1f}" for value in values.values())]] if values else []
+    count = max(len(row) for row in rows) - 2
+    return markdown(["bits", "arm", *(f"run {number + 1}" for number in range(count))], rows)
+
+
+def bits_table(first: dict[str, Any], second: dict[str, Any], change: dict[str, Any]) -> str:
+    """What DPO leads by in each precision, and how much more in the second than in the first."""
+    rows = []
+    for key, found in change.items():
+        leads = (first["comparisons"][key], second["comparisons"][key], found)
+        rows.append([key, *map(interval_text, leads), f"{found['detectable_points']:.1f}"])
+    return markdown(["lead (points)", "4 bits", "16 bits", "16 bits minus 4 bits", "smallest detectable"], rows)
+
+
+def shortcut_table(results: Path) -> str:
+    """The same adapters where the right answer is always A, as is usual for this data, and in both orders."""
+    main = read_predictions(results / MAIN["4bit"])
+    main = main[(main["kind"] == "model") & (main["history"] == "own")]
+    other = pd.read_csv(results / ABLATIONS, dtype={"seed": str})
+    other = other[(other["study"] == "order_original") & (other["kind"] == "model")]
+    rows = []
+    for name, part in (("", main), (", trained in the order of the file", other)):
+        right = pd.Series(100 * wins(part["decision_margin"].to_numpy()), index=part.index)
+        for arm, orders in right.groupby([part["arm"], part["order"]], sort=False).mean().unstack().iterrows():
+            rows.append([arm + name, f"{orders['A']:.1f}", f"{orders.mean():.1f}"])
+    return markdown(["arm", "A is always right, %", "both orders, %"], rows)
+
+
+def ablations_table(found: dict[str, Any]) -> str:
+    rows = []
+    for title, points in PANELS.items():
+        for value, study in points:
+            if study not in found:
+                continue
+            arms, comparisons = found[study]["arms"], found[study]["comparisons"]
+            wanted = ((arm, name) for name in ("ranking_accuracy", "response_accuracy") for arm in ("sft", "dpo"))
+            cells = [cell(arms[arm][name], "%") if arm in arms else "" for arm, name in wanted]
+            differences = (comparisons.get(key) for key in ("dpo - sft", f"dpo - {MAIN_STUDY}"))
+            runs = arms["dpo"]["seeds"]
+            rows.append([title, value, runs, *cells, *(interval_text(one) if one else "" for one in differences)])
+    arms = (f"{arm} {measure} %" for measure in ("ranking", "response") for arm in ("SFT", "DPO"))
+    return markdown(["what", "value", "runs", *arms, "DPO - SFT", "DPO - unchanged DPO"], rows)
+
+
+def search_table(found: dict[str, Any]) -> str:
+    shown = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
+    trials = [(arm, best, trial) for arm, best in found.items() for trial in best["trials"]]
+    rows = [
+        [arm, trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown), "yes" if all(trial[name] == best[name] for name in ("rate", "epochs")) else ""]
+        for arm, best, trial in trials
+    ]
+    return markdown(["arm", "learning rate", "epochs", "ranking %", "order-free %", "response %", "chosen"], rows)
+
+
+def answers_table(found: dict[str, Any]) -> str:
+    shares = ("parsed", "right", "repeat_consistency", "cites_own_genre", "cites_foreign_genre")
+    rows = [[arm, values["answers"], *(f"{100 * values[name]:.1f}" for name in shares)] for arm, values in found.items()]
+    return markdown(["arm", "answers", *(f"{name.replace('_', ' ')}, %" for name in shares)], rows)
+
+
+def cost_table(runs: dict[str, Any]) -> str:
+    """Minutes by study and by what was done; jobs side by side count each."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for name, run in runs.items():
+        kind = "training" if "train_dpo.py" in run["line"] else "evaluation"
+        seconds.setdefault((name.split("/")[0], kind), []).append(run["seconds"])
+    rows = [[*key, len(spent), f"{sum(spent) / 60:.0f}"] for key, spent in sorted(seconds.items())]
+    total = sum(map(sum, seconds.values()))
+    return markdown(["study", "what", "runs", "minutes, summed"], [*rows, ["all", "", len(runs), f"{total / 60:.0f}"]])
+
+
+SECTIONS = {  # of tables.md: name of the table, heading, what a reader must know
+    "runs": ("Each run", "Ranking accuracy in % of every training run of the main study, one column per seed."),
+    "also": ("More measures", "4 bits. `docs/metrics.md` defines each."),
+    "calibration": ("Calibration", "Of the decision, and of DPO's own probability σ(β(m − m_ref))."),
+    "displacement": ("Displacement", "Change of log p against the reference. Both falling is the known failure of DPO."),
+    "read_in_16": ("Trained in 4 bits, read in 16", "`@16bit` is the same adapter on 16-bit weights."),
+    "transfer": ("Transfer", "The adapters of the main study on all users of MovieLens-100K."),
+    "ablations": ("Ablations", "Each changes one thing. Intervals are over users and, from three runs, over runs."),
+    "search": ("Search", "Trials on training users held back. The control is chosen among trials as long as DPO's."),
+    "answers": ("Generated answers", "100 users, five answers each at temperature 0.7."),
+    "cost": ("Cost", "Jobs that share a GPU count each for itself."),
+}
+
+
+def all_tables(made: dict[str, str]) -> str:
+    """The text of tables.md, without tables that have no rows."""
+    there = [name for name in SECTIONS if made.get(name, "").count("\n") > 1]
+    sections = [f"## {SECTIONS[name][0]}\n\n{SECTIONS[name][1]}\n\n{made[name]}\n" for name in there]
+    return "# Tables of the study\n\nWritten by `tests/benchmarks/experiment.py report`.\n\n" + "\n".join(sections)
+
+
+def filled(page: str, made: dict[str, str]) -> str:
+    """A page with each table between `<!-- study: NAME -->` and `<!-- end -->` as it was made."""
+    return re.sub(
+        r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{made.get(found[2], '')}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
