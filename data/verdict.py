@@ -162,6 +162,12 @@ def interval_text(difference: dict[str, float]) -> str:
     return f"{difference['value']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
 
 
+def change_text(name: str, found: dict[str, Any], other: str) -> str:
+    """How much a lead, such as `dpo - sft`, differs between two evaluations, of data.measures.interaction."""
+    lead = f"note: {name} is {interval_text(found)} points larger here than in {other}"
+    return f"{lead}; a change of {found['detectable_points']:.1f} points could be told from 0"
+
+
 def caveats(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the verdict must know."""
     arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])

@@ -30,9 +30,11 @@ import train_dpo
 from config import EvaluationSettings, TrainingSettings
 from data import build_pairs
 from data.files import read_json
-from data.measures import MEASURES, SCHEMA_VERSION
+from data.measures import MEASURES, SCHEMA_VERSION, compute_metrics
+from data.predictions import read_predictions
 from data.report import summary, table
 from data.runs import WEIGHTS, model_of
+from data.verdict import judge
 
 ELSEWHERE = {".venv", "outputs", "node_modules"}
 DOCUMENTS = [

@@ -193,6 +193,41 @@ def test_other_arms_can_be_evaluated_without_the_usual_two(trained, tmp_path):
         arms(f"sft={sft}", "--adapters", f"dpo={dpo}")
 
 
+def test_the_published_adapters_are_scored_when_asked_for(trained, tmp_path, monkeypatch):
+    _, flags, _ = trained
+    asked = [*flags, "--outputs", str(tmp_path / "elsewhere"), "--adapters", "published"]
+    monkeypatch.setattr(config, "PUBLISHED", tmp_path / "adapters")
+
+    def found() -> dict[str, list[Path]]:
+        settings = config.parse_settings(EvaluationSettings, asked)
+        adapters, _ = evaluate_dpo.find_adapters(settings, config.load_split(settings)[1])
+        return {arm: [*seeds.values()] for arm, seeds in adapters.items()}
+
+    with pytest.raises(UserError, match=f"no adapter of the arm sft at {tmp_path / 'adapters' / 'sft'}"):
+        found()
+    for arm, stage in (("sft", "sft"), ("sft_more", "sft"), ("dpo", "dpo")):
+        shutil.copytree(adapter_of(flags, stage), tmp_path / "adapters" / arm)
+    run = tmp_path / "adapters" / "sft_more" / "run.json"
+    run.write_text(run.read_text().replace('"stage": "sft"', '"stage": "sft_more"', 1))
+    assert found() == {arm: [tmp_path / "adapters" / arm] for arm in ("sft", "sft_more", "dpo")}
+
+
+def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated, no_figures, tmp_path, capsys):
+    predictions = config.evaluation_folder(evaluated) / "predictions.csv"
+    rows = pd.read_csv(predictions, dtype={"seed": str}, keep_default_na=False)
+    rows.loc[rows["arm"] == "dpo", "decision_margin"] = 9.0  # always right
+    rows.to_csv(tmp_path / "other.csv", index=False)
+    flags = ["--preset", "small", "--outputs", str(tmp_path), "--from_predictions", str(predictions)]
+    evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "other.csv")])
+    here = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]["ranking_accuracy"]
+    change = json.loads((tmp_path / "evaluation" / "interaction.json").read_text())["dpo - sft"]
+    assert change["value"] == pytest.approx(here["value"] - 100, abs=1e-5)
+    assert f"\nnote: dpo - sft is {change['value']:+.1f} [" in capsys.readouterr().out
+    assert "points larger here than in" in (tmp_path / "evaluation" / "report.md").read_text()
+    with pytest.raises(UserError, match="cannot read"):
+        evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "none.csv")])
+
+
 def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tmp_path, capsys):
     _, flags = mine
     quick = [*flags]
