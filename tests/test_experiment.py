@@ -136,6 +136,8 @@ def evaluated(work, job: Job, arms: dict[str, np.ndarray], seed: str) -> None:
     """Leave what an evaluation of these decision margins leaves."""
     rows = predictions_of(**arms)
     rows["seed"] = seed
+    about = {"arm": "popularity", "kind": "baseline", "seed": "", "chosen_log_prob": np.nan, "rejected_log_prob": np.nan}
+    rows = pd.concat([rows, rows[rows["arm"] == next(iter(arms))].assign(**about)])
     folder = work / job.name / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.csv").write_text(as_csv(rows))
@@ -156,7 +158,8 @@ def test_results_of_several_machines_add_up_and_are_known_by_study_and_seed(tmp_
     known = {f"{study}/{seed}" for study in ("4bit", "rank_8", *experiment.OF_DPO) for seed in ("3407", "3408")}
     assert experiment.scored_in(tmp_path) == known
     rows = read_predictions(tmp_path / "predictions.csv.gz")
-    assert len(rows) == 2 * 2 * 60 * 2 and rows["chosen_log_prob"].notna().all()
+    assert len(rows) == (2 * 2 + 1) * 60 * 2, "of two runs two arms each, and a baseline once"
+    assert rows["chosen_log_prob"].notna().equals(rows["kind"] == "model")
     again = (tmp_path / "predictions.csv.gz").read_bytes()
     experiment.collect(jobs, tmp_path / "two", tmp_path)
     assert (tmp_path / "predictions.csv.gz").read_bytes() == again, "nothing is added twice"

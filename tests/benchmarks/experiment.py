@@ -34,7 +34,7 @@ from benchmarks.study_report import ABLATIONS, MAIN
 
 from data.files import read_json, write_json, write_text
 from data.pairs import load_pairs, split_pairs, write_pairs
-from data.predictions import COLUMNS, KEY
+from data.predictions import COLUMNS, KEY, LOG_PROBS, WHOLE
 
 RESULTS = ROOT / "docs" / "results"
 WORK = "outputs/study"
@@ -295,10 +295,11 @@ def add_rows(rows: pd.DataFrame, job: Job, results: Path) -> None:
         rows = rows[(rows["kind"] == "model") | (job.gives[0] == "transfer") | ("negatives" in job.gives[0])]
         rows = rows.assign(study=rows["arm"] if len(job.gives) > 1 else job.gives[0])
         rows["arm"] = "dpo" if len(job.gives) > 1 else rows["arm"]
-        response = rows["chosen_log_prob"].astype(float) - rows["rejected_log_prob"].astype(float)
-        more = rows["preferred_count"].astype(float) - rows["other_count"].astype(float)
+        numbers = {name: pd.to_numeric(rows[name]) for name in ("decision_margin", *LOG_PROBS, *WHOLE[:2])}
+        response = numbers["chosen_log_prob"] - numbers["rejected_log_prob"]
+        more = numbers["preferred_count"] - numbers["other_count"]
         rows = rows.assign(
-            decision_margin=rows["decision_margin"].astype(float).round(3),
+            decision_margin=numbers["decision_margin"].round(3),
             response_margin=response.round(3),
             preferred_more_popular=np.select([more > 0, more < 0], ["true", "false"], "tie"),
         )[["study", *COLUMNS[1]]]
