@@ -142,8 +142,8 @@ def differences(metrics: Facts) -> str:
     compared = {name: metrics["comparisons"][name] for name in ("dpo - sft", f"dpo - {control}")[: 1 + bool(control)]}
     rows = [["difference in points", *compared], ["ranking accuracy", *map(interval_text, compared.values())]]
     for name in ("order_free_accuracy", "response_accuracy"):
-        if found[name]["value"] is not None:
-            rows.append([MEASURES[name][0], *(interval_text(one[name]) for one in compared.values())])
+        cells = ["-" if one[name]["value"] is None else interval_text(one[name]) for one in compared.values()]
+        rows.append([MEASURES[name][0], *cells])
     for name, key in (("p of McNemar's test (order-free)", "p"), ("p after Holm's correction", "p_holm")):
         if found["p"] is not None:
             rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])

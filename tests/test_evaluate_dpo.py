@@ -405,7 +405,7 @@ def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_
     rows.to_csv(tmp_path / "first.csv", index=False, columns=COLUMNS[1])
     place = ["--preset", "small", "--outputs", str(tmp_path)]
     evaluate_dpo.main([*place, "--from_predictions", str(tmp_path / "first.csv")])
-    assert "\n- note: these predictions are of version 1: log-prob" in capsys.readouterr().out
+    assert "\n- note: these predictions are of version 1: every pair counts as a user." in capsys.readouterr().out
     first, second = (
         json.loads((folder / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]
         for folder in (tmp_path, Path(evaluated.outputs))
