@@ -71,7 +71,7 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     assert "| decisions by less than 0.01 nats | 0 | 0 | 0 |" in text and "| loss of ranking" not in text
     assert "| `b` | `i` |" in text and "| `packages` | `torch: 2` |" in text
     assert "We tested model in 4 bits on 100" in text and "model" not in metrics["sentence"]
-    order = ["**Verdict: SUPPORTED (these adapters) against SFT**", "The data do not decide", "| arm | ranking % |"]
+    order = ["**Verdict: SUPPORTED (these adapters) against SFT**", metrics["conclusion"], "| arm | ranking % |"]
     order += ["![accuracy](figures/accuracy.png)", "![position bias](figures/position_bias.png)", *metrics["caveats"]]
     order += ["## To quote", "## Comparisons", "## All measures", "## Settings", "## Definitions"]
     places = [text.index(html.escape(part)) for part in order]
