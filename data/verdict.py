@@ -198,8 +198,8 @@ def interval_text(difference: dict[str, Any]) -> str:
 
 def change_text(name: str, found: dict[str, Any], other: str) -> str:
     """How much a lead, such as `dpo - sft`, differs between two evaluations, of data.measures.interaction."""
-    lead = f"note: {name} is {interval_text(found)} points larger here than in {other}"
-    return f"{lead}; a change of {found['detectable_points']:.1f} points could be told from 0"
+    change = f"note: {name} changes by {interval_text(found)} points, here minus {other}"
+    return f"{change}. A change of {found['detectable_points']:.1f} points could be told from 0."
 
 
 def caveats(metrics: dict[str, Any]) -> list[str]:

@@ -222,8 +222,8 @@ def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated
     here = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]["ranking_accuracy"]
     change = json.loads((tmp_path / "evaluation" / "interaction.json").read_text())["dpo - sft"]
     assert change["value"] == pytest.approx(here["value"] - 100, abs=1e-5)
-    assert f"\nnote: dpo - sft is {change['value']:+.1f} [" in capsys.readouterr().out
-    assert "points larger here than in" in (tmp_path / "evaluation" / "report.md").read_text()
+    assert f"\n- note: dpo - sft changes by {change['value']:+.1f} [" in capsys.readouterr().out
+    assert "points, here minus " in (tmp_path / "evaluation" / "report.md").read_text()
     with pytest.raises(UserError, match="cannot read"):
         evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "none.csv")])
 
