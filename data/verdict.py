@@ -193,13 +193,13 @@ def interval_text(difference: dict[str, Any]) -> str:
     return with_interval(difference, sign="+")
 
 
-# ------------------------------------------------------------------------------------------------------ caveats
-
-
 def change_text(name: str, found: dict[str, Any], other: str) -> str:
     """How much a lead, such as `dpo - sft`, differs between two evaluations, of data.measures.interaction."""
     change = f"note: {name} changes by {interval_text(found)} points, here minus {other}"
     return f"{change}. A change of {found['detectable_points']:.1f} points could be told from 0."
+
+
+# ------------------------------------------------------------------------------------------------------ caveats
 
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
