@@ -47,7 +47,7 @@ from data.predictions import (
     prediction_rows,
     read_predictions,
 )
-from data.report import latex, report, summary, table, write_card
+from data.report import emphasised, latex, report, summary, write_card
 from data.runs import (
     RUN,
     WEIGHTS,
@@ -92,19 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         changes = interaction(predictions, others) if others is not None else {}
 
         # report
-        model, notes = model_of(run), [*notes_of(run), *left_out(predictions)]
+        notes = [*notes_of(run), *left_out(predictions)]
         notes += [change_text(name, found, settings.compare_with) for name, found in changes.items()]
         write_json(folder / "metrics.json", metrics)
         if changes:
             write_json(folder / "interaction.json", changes)
-        write_text(folder / "report.md", report(metrics, generation, notes, model))
         write_text(folder / "table.tex", latex(metrics))
         plot_all(predictions, metrics, folder / "figures")
+        figures = [path.name for path in sorted((folder / "figures").glob("*.png"))]
+        write_text(folder / "report.md", report(metrics, generation, notes, run, figures))
         if not settings.from_predictions:
             run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
             write_json(folder / RUN, run)
             write_cards(settings, adapters, metrics, mismatches)
-        print(table(metrics), "", *notes, summary(metrics, model), "", f"written to {folder}", sep="\n")
+        print("", emphasised(summary(metrics, model_of(run), notes)), "", "read next", sep="\n")
+        print(f"- {folder}/report.md: all measures, settings and definitions")
+        print(f"- {folder}/figures: PNG for the screen, PDF for a paper")
+        print("- dpo_comparison.ipynb, in JupyterLab: what each arm recommends to one user")
 
 
 def write_cards(

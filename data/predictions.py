@@ -99,7 +99,7 @@ def version_of(rows: pd.DataFrame) -> int:
 
 def left_out(rows: pd.DataFrame) -> list[str]:
     """A note on what rows of version 1 cannot give."""
-    lacking = "every pair counts as a user, and log-probabilities, film counts, references and pairs seen are not known"
+    lacking = "every pair counts as a user. Log-probabilities, film counts, references and pairs seen are not known."
     return [f"note: these predictions are of version 1: {lacking}"] if version_of(rows) == 1 else []
 
 

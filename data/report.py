@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import html
+import os
+import re
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +18,24 @@ from data.errors import printable
 from data.files import file_sha256, read_json, write_text
 from data.measures import COMPARED, MEASURES, OF_ANSWERS
 from data.pairs import STEM, Movie, Pair, preference_row
-from data.runs import WEIGHTS, plain, read_run, settings_of
+from data.runs import WEIGHTS, model_of, plain, read_run, settings_of
 from data.verdict import (
     BOTH_ONE_LETTER,
+    KINDS,
+    USERS_TO_QUOTE,
     caveats_of,
     caveats_of_baselines,
+    caveats_of_verdict,
     interval_text,
     letter_always_answered,
     pairs_seen,
+    rounded,
     sentence,
+    with_interval,
 )
 
+Facts = dict[str, Any]
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 MAIN_MEASURES = {  # measure: heading
     "ranking_accuracy": "ranking %",
     "response_accuracy": "response %",
@@ -32,14 +43,12 @@ MAIN_MEASURES = {  # measure: heading
     "swap_consistency": "swap consistency %",
     "position_bias": "position bias A - B",
 }
+NO_VERDICT = "no verdict: it takes an arm named sft and an arm named dpo"
 
 
-def cell(value: dict[str, float | None], unit: str) -> str:
+def cell(value: Facts, unit: str) -> str:
     """A value with its interval."""
-    if value["value"] is None:
-        return "-"
-    digits = {"nats": 2, "": 3}.get(unit, 1)
-    return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return "-" if value["value"] is None else with_interval(value, {"nats": 2, "": 3}.get(unit, 1))
 
 
 def heading(measure: str) -> str:
@@ -47,23 +56,14 @@ def heading(measure: str) -> str:
     return f"{label} ({unit})" if unit else label
 
 
-def table_cells(metrics: dict[str, Any], measures: dict[str, str] = MAIN_MEASURES) -> pd.DataFrame:
+def table_cells(metrics: Facts, measures: dict[str, str] = MAIN_MEASURES) -> pd.DataFrame:
     """All arms (rows) and measures, {name: heading}, with 95% intervals (columns), as text."""
     arms = metrics["arms"]
     columns = {head: [cell(arms[arm][name], MEASURES[name][1]) for arm in arms] for name, head in measures.items()}
     return pd.DataFrame(columns, index=list(arms))
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """All arms and the main measures with 95% intervals, as aligned text."""
-    cells = table_cells(metrics)
-    rows = [["arm", *cells.columns], *([arm, *row] for arm, row in zip(cells.index, cells.to_numpy(), strict=True))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def latex(metrics: dict[str, Any]) -> str:
+def latex(metrics: Facts) -> str:
     """The main table for a paper (booktabs)."""
     cells = table_cells(metrics, {name: heading(name) for name in MAIN_MEASURES}).rename_axis(columns="arm")
     style = cells.style.format(lambda text: "--" if text == "-" else text.replace("-", "$-$"))
@@ -71,61 +71,147 @@ def latex(metrics: dict[str, Any]) -> str:
     return style.to_latex(hrules=True, column_format="l" + "r" * cells.shape[1])
 
 
-def summary(metrics: dict[str, Any], model: str = "") -> str:
-    """The comparisons of DPO in words, with their caveats, verdicts last; model: what the adapters belong to."""
+def verdicts(metrics: Facts) -> list[tuple[str, str]]:
+    """The verdicts against SFT and against the control in words, each with the difference that it is on."""
+    control = metrics["control"]
+    seen = "" if control else pairs_seen("sft", metrics["arms"])
+    names = {"sft": f"an SFT that saw {seen}" if seen else "SFT"}
+    names |= {control: f"{KINDS.get(control, 'longer SFT')} ({control})"} if control else {}
+    found = []
+    for arm, name in names.items():
+        difference = metrics["comparisons"][f"dpo - {arm}"]
+        value, _, interval = interval_text(difference).partition(" ")
+        lead = f"{value} points of ranking accuracy, 95% interval {interval}"
+        found.append((f"{difference['verdict']} against {name}", lead))
+    return found if control else [*found, (metrics["control_verdict"], "")]
+
+
+# ---------------------------------------------------------------------------------- on a terminal of 80 columns
+
+
+def summary(metrics: Facts, model: str = "", notes: Sequence[str] = ()) -> str:
+    """The headline, the differences, the caveats and the sentence to quote: blocks with an empty line between them.
+
+    model: what the adapters belong to. notes: what an evaluation noted; they stand before the caveats.
+    """
+    judged, told = "verdict" in metrics, [*notes, *metrics.get("caveats", [])]
+    blocks = [headline(metrics), *([differences(metrics)] if judged else [])]
+    blocks += ["\n".join(["caveats", *(wrapped(f"- {text}", "  ") for text in told)])] if told else []
+    if judged:
+        said = sentence(metrics, model)
+        blocks.append(wrapped(said if metrics["users"] < USERS_TO_QUOTE else f"to quote: {said}"))
+    return "\n\n".join(blocks)
+
+
+def headline(metrics: Facts) -> str:
+    """The first blocks of the summary: the verdicts, what follows from them, and the table of the main measures."""
     if "verdict" not in metrics:
-        return "no verdict: there is no arm named sft, or none named dpo"
-    arms, control = metrics["arms"], metrics["control"]
-    lines = []
-    for arm in ("sft", control) if control else ("sft",):
-        found = metrics["comparisons"][f"dpo - {arm}"]
-        interval = f"95% interval [{found['low']:+.1f}, {found['high']:+.1f}], {metrics['users']:,} users"
-        lines.append(f"DPO - {arm}: {found['value']:+.1f} points of ranking accuracy, {interval}")
-        for name, label in (("order_free_accuracy", "order-free"), ("response_accuracy", "whole responses")):
-            if found[name]["value"] is not None:
-                lines.append(f"  {label}: {interval_text(found[name])} points")
+        return f"{NO_VERDICT}\n\n{table(metrics)}"
+    lines = [line for says, lead in verdicts(metrics) for line in (says, f"  {lead}") if line.strip()]
+    shown = "\n         ".join(lines)
+    return f"verdict: {shown}\n\n{wrapped(metrics['conclusion'])}\n\n{table(metrics)}"
+
+
+def table(metrics: Facts) -> str:
+    """All arms and the main measures, ± half of their 95% intervals; a name above 14 letters has a line of its own."""
+    arms = metrics["arms"]
+    columns = [["", "arm", *(arm if len(arm) <= 14 else "" for arm in arms)]]
+    for name, head in MAIN_MEASURES.items():
+        values = [of_arm[name] for of_arm in arms.values()]
+        halves = [half_interval(found) for found in values]
+        size = max(map(len, halves))
+        both = zip(values, halves, strict=True)
+        cells = [f"{rounded(found['value'])} ±{half:<{size}}" if half else "-" for found, half in both]
+        heads = textwrap.wrap(head.removesuffix(" %"), 11)
+        columns.append([*[""] * (2 - len(heads)), *heads, *cells])
+    first, second, *rows = aligned([*zip(*columns, strict=True)])
+    rows = [row if len(arm) <= 14 else f"{arm}\n{row}" for arm, row in zip(arms, rows, strict=True)]
+    about = f"In %: {metrics['users']:,} test users, each pair in both orders, ± half of the 95% interval"
+    return "\n".join([first, second, "-" * len(second), *rows, wrapped(about)])
+
+
+def half_interval(found: Facts) -> str:
+    """Half of an interval as text, the longer half where it ends at the measure's limit; "" where there is none."""
+    value, low, high = (found[name] for name in ("value", "low", "high"))
+    return "" if value is None else rounded(max(high - value, value - low))
+
+
+def differences(metrics: Facts) -> str:
+    """DPO minus SFT and minus the control, and what these users can tell."""
+    arms, control, found = metrics["arms"], metrics["control"], metrics["comparisons"]["dpo - sft"]
+    compared = {name: metrics["comparisons"][name] for name in ("dpo - sft", f"dpo - {control}")[: 1 + bool(control)]}
+    rows = [["difference in points", *compared], ["ranking accuracy", *map(interval_text, compared.values())]]
+    for name in ("order_free_accuracy", "response_accuracy"):
+        cells = ["-" if one[name]["value"] is None else interval_text(one[name]) for one in compared.values()]
+        rows.append([MEASURES[name][0], *cells])
+    for name, key in (("p of McNemar's test (order-free)", "p"), ("p after Holm's correction", "p_holm")):
         if found["p"] is not None:
-            corrected = f"{found['p_holm']:.3g} after Holm's correction"
-            lines.append(f"  McNemar on order-free decisions: p = {found['p']:.3g}, {corrected}")
-    found, verdict = metrics["comparisons"]["dpo - sft"], metrics["verdict"]
+            rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])
+    of_what = "users and runs" if found["scope"] == "method" else "users"
+    said = f"These {of_what} can tell a difference of {found['detectable_points']:.1f} points from 0 (80% power)."
     if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        lines.append(f"{BOTH_ONE_LETTER}: more test users would not decide between them")
-    else:
-        of_what = "users and runs" if found["scope"] == "method" else "users"
-        smallest = f"{found['detectable_points']:.1f} points"
-        lines.append(f"smallest difference that these {of_what} tell from 0 with 80% power: {smallest}")
-        if verdict.startswith("INCONCLUSIVE") and found["scope"] == "method":
-            lines.append("more training runs narrow the part of the interval that more users do not")
-        elif verdict.startswith("INCONCLUSIVE"):
-            to_tell = f"about {found['users_needed_for_2_points']:,} to tell 2 points from 0 with 80% power"
-            to_decide = f"about {found['users_needed_to_decide']:,} for an interval of ±0.5 points"
-            lines.append(f"test users needed: {to_tell}, {to_decide}, which always decides")
-    lines += [f"caveat: {caveat}" for caveat in metrics["caveats"]]
-    lines.append(f"to quote: {sentence(metrics, model)}")
-    also = f"{metrics['control_verdict']} against {control}" if control else metrics["control_verdict"]
-    seen = "" if control else pairs_seen("sft", arms)
-    return "\n".join([*lines, f"verdict: {verdict} against {f'an sft that saw {seen}' if seen else 'sft'}; {also}"])
+        said = f"{BOTH_ONE_LETTER}: more test users would not decide between them."
+    elif metrics["verdict"].startswith("INCONCLUSIVE") and found["scope"] == "method":
+        said += " More training runs would narrow the interval further than more users."
+    elif metrics["verdict"].startswith("INCONCLUSIVE"):
+        said += f" About {found['users_needed_for_2_points']:,} test users can tell 2 points from 0."
+        said += f" About {found['users_needed_to_decide']:,} always decide: their interval is ±0.5 points."
+    return "\n".join([*aligned(rows), wrapped(said)])
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """An empty line, and a table."""
-    return ["", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))]
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in rows]
 
 
-def report(metrics: dict[str, Any], generation: dict[str, Any], notes: Sequence[str] = (), model: str = "") -> str:
-    """All measures and the verdict as Markdown."""
-    arms, of_model = metrics["arms"], f" Adapters of {model}." if model else ""
+def wrapped(text: str, indent: str = "") -> str:
+    """Text in lines of 80 columns, broken at words but not within an interval; indent: before all but the first."""
+    text = re.sub(r"(\[\S+,) (\S+\])", "\\1\xa0\\2", text)
+    lines = textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\xa0", " ")
+
+
+def emphasised(text: str) -> str:
+    """A summary with its verdicts in bold, where a terminal shows it and NO_COLOR (no-color.org) is not set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return re.sub(r"(?m)^(verdict: | {9})(\S.* against .*)", "\\1\033[1m\\2\033[0m", text)
+
+
+# ------------------------------------------------------------------------------------------------------ report.md
+
+
+def report(
+    metrics: Facts,
+    generation: Facts,
+    notes: Sequence[str] = (),
+    run: Facts | None = None,
+    figures: Sequence[str] = (),
+) -> str:
+    """Verdicts, main table and figures, then all other measures, then the settings and definitions, as Markdown.
+
+    run: run.json of the evaluation. figures: names of files in figures/.
+    """
+    arms, run = metrics["arms"], run or {}
+    model = model_of(run)
     lines = ["# DPO against SFT: ranking adherence", ""]
-    lines.append(f"{metrics['users']:,} test users, {metrics['pairs']:,} pairs, both orders; 95% intervals.{of_model}")
-    cells = table_cells(metrics, {name: heading(name) for name in MEASURES}).T
-    rows = [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
-    rows.append(["decisions by less than 0.01 nats", *(str(arms[arm]["near_ties"] or "-") for arm in arms)])
-    lines += markdown_table(["measure", *arms], rows)
-    seeds = list(dict.fromkeys(seed for values in arms.values() for seed in values["ranking_accuracy"].get("runs", {})))
-    if seeds:
-        runs = {arm: values["ranking_accuracy"].get("runs", {}) for arm, values in arms.items()}
-        rows = [[arm, *(f"{of[seed]:.1f}" if seed in of else "-" for seed in seeds)] for arm, of in runs.items() if of]
-        lines += markdown_table(["ranking accuracy (%) of each run", *(f"seed {seed}" for seed in seeds)], rows)
+    if "verdict" in metrics:
+        lines += [f"- **Verdict: {says}**{lead and f'. {lead}'}" for says, lead in verdicts(metrics)]
+        lines += ["", metrics["conclusion"]]
+    else:
+        lines.append(f"{NO_VERDICT.capitalize()}.")
+    about = f"{metrics['users']:,} test users, {metrics['pairs']:,} pairs, each in both orders of the options"
+    lines += ["", f"{about}; 95% intervals in brackets.{f' Adapters of {model}.' if model else ''}"]
+    lines += markdown_cells("arm", table_cells(metrics))
+    for name in figures:
+        lines += ["", f"![{Path(name).stem.replace('_', ' ')}](figures/{name})"]
+
+    told = [*(note.partition(": ")[::2] for note in notes), *(("", text) for text in metrics.get("caveats", ()))]
+    lines += ["", "## Caveats", ""] if told else []
+    lines += [f"- {f'**{kind.capitalize()}:** ' if kind else ''}{html.escape(text)}" for kind, text in told]
+    lines += ["", "## To quote", "", sentence(metrics, model)] if "verdict" in metrics else []
+    lines += ["", "## Comparisons"]
     rows = []
     for name, found in metrics["comparisons"].items():
         cells = [cell(found, "points"), *(cell(found[measure], "points") for measure in COMPARED[1:])]
@@ -133,27 +219,52 @@ def report(metrics: dict[str, Any], generation: dict[str, Any], notes: Sequence[
         rows.append([name, *cells, *numbers, found.get("verdict", "-")])
     heads = ["comparison, in points", *(MEASURES[name][0] for name in COMPARED)]
     lines += markdown_table([*heads, "p (McNemar)", "p (Holm)", "detectable points", "verdict"], rows)
+    lines += ["", "## All measures"]
+    cells = table_cells(metrics, {name: heading(name) for name in MEASURES}).T
+    ties = ["-" if found["near_ties"] is None else str(found["near_ties"]) for found in arms.values()]
+    cells = cells[(cells != "-").any(axis=1)]  # those that were measured
+    cells.loc["decisions by less than 0.01 nats"] = ties
+    lines += markdown_cells("measure", cells)
+    runs = {arm: of["ranking_accuracy"]["runs"] for arm, of in arms.items() if "runs" in of["ranking_accuracy"]}
+    if runs:
+        seeds = list(dict.fromkeys(seed for of in runs.values() for seed in of))
+        rows = [[arm, *(f"{of[seed]:.1f}" if seed in of else "-" for seed in seeds)] for arm, of in runs.items()]
+        lines += markdown_table(["ranking accuracy (%) of each run", *(f"seed {seed}" for seed in seeds)], rows)
     if generation:
         rows = [[arm, *(f"{found[name]:.3g}" for name in OF_ANSWERS)] for arm, found in generation.items()]
         lines += markdown_table(["generated answers", *(name.replace("_", " ") for name in OF_ANSWERS)], rows)
-    parted = [note.partition(": ") for note in notes]
-    lines += ["", *(f"**{kind.capitalize()}:** {html.escape(text)}  " for kind, _, text in parted)]
-    lines += [*(line + "  " for line in summary(metrics, model).splitlines()), ""]
-    return "\n".join([*lines, "![accuracy](figures/accuracy.png)", ""])
+
+    if settings := settings_of(run):
+        about = settings | {name: run[name] for name in ("device", "git_commit", "packages") if name in run}
+        rows = [[as_code(name), as_code(value)] for name, value in about.items()]
+        lines += ["", "## Settings of this evaluation", *markdown_table(["setting", "value"], rows)]
+    known = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    return "\n".join([*lines, "", "## Definitions", known.partition("\n## Measures\n")[2].partition("\n## ")[0]])
+
+
+def as_code(value: Any) -> str:
+    """What somebody's file says as code in a table of Markdown."""
+    return "`" + re.sub(r"[^\w .,:;%()+=/@-]", "", str(value)) + "`"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """An empty line, and a table."""
+    return ["", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))]
+
+
+def markdown_cells(corner: str, cells: pd.DataFrame) -> list[str]:
+    return markdown_table([corner, *cells], [[name, *row] for name, *row in cells.itertuples()])
 
 
 # ----------------------------------------------------------------------------------------------- model cards
 
-Facts = dict[str, Any]
-TEMPLATE = Path(__file__).resolve().parent.parent / "docs" / "model_card.md"
-MARK = "Written by this project's scripts, and written anew by them; delete this line to keep your own text."
-CARD_MARK = f"<!-- {MARK} -->"
+MARK = "Written by this project's scripts"
+CARD_MARK = f"<!-- {MARK}, which overwrite it. Delete this line to keep your own text. -->"
 CARD_SETTINGS = {
     "sft": ["sft_epochs", "sft_learning_rate"],
     "sft_more": ["init", "epochs", "control_learning_rate", "sft_learning_rate"],
     "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
 }
-KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}
 COMMON_SETTINGS = ["option_order", "lora_dropout", "effective_batch", "optim", "lr_scheduler", "warmup_steps"]
 COMMON_SETTINGS += ["weight_decay", "max_grad_norm", "seed"]
 NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
@@ -170,8 +281,8 @@ def write_card(
     """Write an adapter's `model_card`, and say in a line what was done. A card ends no run: a fault is a warning."""
     path = folder / "README.md"
     try:
-        if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
-            return f"{path} is somebody's own text and stays as it is"
+        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            return f"{path} has your own text and is kept"
         write_text(path, model_card(folder, base, arm, metrics, mismatches))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
         return printable(f"warning: no model card in {folder}: {error!r}")
@@ -226,13 +337,23 @@ def model_card(
     prompt = preference_row(Pair(("title (year)",) * 5, film, film), "A")["prompt"]
     card = ModelCard.from_template(
         card_data,
-        str(TEMPLATE),
-        mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained, stage=stage,
-        known=bool(names) and isinstance(run.get("data"), dict), names=names,
+        str(DOCS / "model_card.md"),
+        mark=CARD_MARK,
+        base=base,
+        lora=lora,
+        run=run,
+        trained=trained,
+        stage=stage,
+        known=bool(names) and isinstance(run.get("data"), dict),
+        names=names,
         plain=lambda value: plain(value) or "not known",
-        precision=precision, weights=weights,
-        stem=STEM, prompt=prompt, kind=KINDS.get(stage, ""),
-        measured=measured if metrics is not None else None, limits=limits,
+        precision=precision,
+        weights=weights,
+        stem=STEM,
+        prompt=prompt,
+        kind=KINDS.get(stage, ""),
+        measured=measured if metrics is not None else None,
+        limits=limits,
     )
     return str(card) + "\n"
 
@@ -245,11 +366,9 @@ def compared(metrics: dict[str, Any]) -> tuple[str, ...]:
 def card_limits(arm: str, metrics: dict[str, Any]) -> list[str]:
     """The caveats that concern an arm, and how many of its decisions another precision keeps, where measured."""
     found = caveats_of(arm, metrics) + caveats_of_baselines(arm, metrics)
-    if arm in compared(metrics):
-        others = tuple(f"{name}{mark}" for name in metrics["arms"] if name != arm for mark in (" ", "'s "))
-        found = [caveat for caveat in metrics["caveats"] if not caveat.startswith(others)]
+    found += caveats_of_verdict(metrics) if arm in compared(metrics) else []
     for name, measures in metrics["arms"].items():
         if name.startswith(f"{arm}@"):
-            kept = cell(measures["precision_consistency"], "%")
-            found.append(f"on {name.partition('@')[2]} weights {kept}% of its decisions stay the same")
+            kept, bits = cell(measures["precision_consistency"], "%"), name.partition("@")[2].replace("bit", "-bit")
+            found.append(f"On {bits} weights {kept}% of its decisions stay the same.")
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.measures import RUNS_FOR_METHOD, sft_controls
+from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
-BOTH_ONE_LETTER = "both answer one letter almost always"
+KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's name for readers
+BOTH_ONE_LETTER = "Both arms answer one letter almost always"
 OF_SCOPE = {"method": "", "adapters": " (these adapters)"}  # what a verdict is on, behind it
 NO_CONTROL = "no control was trained"
+USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
 FRACTIONS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 SAYS = {  # a verdict: does DPO rank better?
     "SUPPORTED": "yes",
@@ -17,20 +19,20 @@ SAYS = {  # a verdict: does DPO rank better?
     "PARTIAL: comparable": "no",
     "INCONCLUSIVE": "open",
 }
-CASES = {  # (better than SFT, better than SFT trained longer): what follows
-    ("yes", "yes"): "{dpo} ranks better than SFT, and better than SFT trained longer",
-    ("yes", "no"): "{dpo} ranks better than SFT but not than SFT trained longer: "
-    "what DPO gains, more training gains too",
-    ("yes", "open"): "{dpo} ranks better than SFT; whether SFT trained longer gains as much is undecided",
-    ("no", "yes"): "{dpo} does not rank better than SFT, though better than SFT trained longer",
-    ("no", "no"): "{dpo} ranks better neither than SFT nor than SFT trained longer",
-    ("no", "open"): "{dpo} does not rank better than SFT; against SFT trained longer it is undecided",
-    ("open", "yes"): "whether {dpo} ranks better than SFT is undecided; it ranks better than SFT trained longer",
-    ("open", "no"): "whether {dpo} ranks better than SFT is undecided; it does not rank better than SFT trained longer",
-    ("open", "open"): "whether {dpo} ranks better than SFT, or than SFT trained longer, is undecided",
-    ("yes", ""): "{dpo} ranks better than {sft}; no control was trained, so more training may gain as much",
-    ("no", ""): "{dpo} does not rank better than {sft}; no control was trained",
-    ("open", ""): "whether {dpo} ranks better than {sft} is undecided; no control was trained",
+CASES = {  # (better than SFT, better than the control): what follows
+    ("yes", "yes"): "{dpo} ranks better than SFT and better than {control}.",
+    ("yes", "no"): "{dpo} ranks better than SFT, but not better than {control}: more training gains as much or more.",
+    ("yes", "open"): "{dpo} ranks better than SFT. The data do not decide whether {control} gains as much.",
+    ("no", "yes"): "{dpo} does not rank better than SFT, but it ranks better than {control}.",
+    ("no", "no"): "{dpo} does not rank better than SFT or better than {control}.",
+    ("no", "open"): "{dpo} does not rank better than SFT. The data do not decide whether it is better than {control}.",
+    ("open", "yes"): "The data do not decide whether {dpo} ranks better than SFT. It ranks better than {control}.",
+    ("open", "no"): "The data do not decide whether {dpo} ranks better than SFT. "
+    "It does not rank better than {control}.",
+    ("open", "open"): "The data do not decide whether {dpo} ranks better than SFT or better than {control}.",
+    ("yes", ""): "{dpo} ranks better than {sft}. No control was trained, so more training may gain as much.",
+    ("no", ""): "{dpo} does not rank better than {sft}. No control was trained.",
+    ("open", ""): "The data do not decide whether {dpo} ranks better than {sft}. No control was trained.",
 }
 
 
@@ -107,38 +109,54 @@ def conclusion(metrics: dict[str, Any]) -> str:
     """What follows from both verdicts, by CASES."""
     arms, dpo = metrics["arms"], "DPO"
     if metrics["scope"] == "adapters":
-        dpo = "this adapter of DPO" if arms["dpo"]["seeds"] == 1 else "the mean of these adapters of DPO"
+        dpo = "this DPO adapter" if arms["dpo"]["seeds"] == 1 else "the mean of these DPO adapters"
     over_sft, over_control = (SAYS.get(metrics[name].partition(" (")[0], "") for name in ("verdict", "control_verdict"))
-    seen = pairs_seen("sft", arms) or "an unknown number of pairs"
-    return CASES[over_sft, over_control].format(dpo=dpo, sft=f"an SFT that saw {seen}")
+    sft = f"an SFT that saw {pairs_seen('sft', arms) or 'an unknown number of pairs'}"
+    text = CASES[over_sft, over_control].format(dpo=dpo, sft=sft, control=longer(metrics["control"]))
+    return text[0].upper() + text[1:]
+
+
+def named(arm: str) -> str:
+    """An arm in a text: its name for readers where it has one, else its key."""
+    return KINDS.get(arm, arm)
+
+
+def listed(names: list[str], last: str) -> str:
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def longer(control: str | None) -> str:
+    """The control in a sentence."""
+    return "continued SFT" if control == "sft_more" else "longer SFT"
 
 
 def sentence(metrics: dict[str, Any], model: str = "") -> str:
-    """The result as a sentence that a thesis may quote, together with its caveats.
+    """The result as sentences that a thesis may quote, together with its caveats; why not, where users are too few.
 
     model: what the adapters belong to. The predictions don't hold it, so the sentence of metrics.json is without it.
     """
+    if metrics["users"] < USERS_TO_QUOTE:
+        return f"No sentence to quote: it takes {USERS_TO_QUOTE} test users, and these are {metrics['users']}."
     arms, control, comparisons = metrics["arms"], metrics["control"], metrics["comparisons"]
-    accuracy = {arm: f"{measures['ranking_accuracy']['value']:.1f}%" for arm, measures in arms.items()}
-    pairs = "each" if metrics["pairs"] == metrics["users"] else f"with {metrics['pairs']:,} pairs"
+    accuracy = {arm: with_interval(measures["ranking_accuracy"], unit="%") for arm, measures in arms.items()}
+    pairs = "" if metrics["pairs"] == metrics["users"] else f" with {metrics['pairs']:,} pairs"
     text = (
-        f"On {metrics['users']:,} held-out users, {pairs} shown both orders of the options, DPO and SFT "
-        f"{f'of {model} ' if model else ''}reached a ranking accuracy of {accuracy['dpo']} and {accuracy['sft']} "
-        f"({runs_text(arms, 'dpo', 'sft')}), a difference of {spoken(comparisons['dpo - sft'])}."
+        f"We tested {f'{model} ' if model else ''}on {metrics['users']:,} held-out users{pairs} and showed each pair "
+        f"of films in both orders. DPO reached a ranking accuracy of {accuracy['dpo']} and SFT {accuracy['sft']} "
+        f"({runs_text(arms, 'dpo', 'sft')}). The difference is {spoken(comparisons['dpo - sft'])}."
     )
     if control:
-        seen = pairs_seen(control, arms)
-        as_dpo = f"{seen} as DPO; " if seen == "as many pairs" else ""
-        about = f"{accuracy[control]}; {as_dpo}{runs_text(arms, control)}"
-        also = spoken(comparisons[f"dpo - {control}"])
-        text += f" From the control {control}, SFT trained longer ({about}), DPO differs by {also}."
-    text += f" So {metrics['conclusion']}."
+        as_dpo = "as many pairs as DPO; " if pairs_seen(control, arms) == "as many pairs" else ""
+        name = longer(control) + ("" if control in KINDS else f" ({control})")
+        text += f" The control, {name}, reached {accuracy[control]} ({as_dpo}{runs_text(arms, control)})."
+        text += f" DPO minus the control is {spoken(comparisons[f'dpo - {control}'])}."
+    text += f" {metrics['conclusion']}"
     if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        text += f" The two {BOTH_ONE_LETTER}: equal accuracies say nothing of how they compare."
+        text += f" {BOTH_ONE_LETTER}, so equal accuracies do not show how they compare."
     if metrics["scope"] == "adapters":
-        text += f" This is a result on these adapters and not on the method, which takes {RUNS_FOR_METHOD} runs an arm."
+        text += f" This result is on these adapters only. A result on the method takes {RUNS_FOR_METHOD} runs per arm."
     if "popularity" in arms:
-        text += f" Recommending the more popular film scores {accuracy['popularity']}."
+        text += f" Taking the more popular film reached {accuracy['popularity']}."
     return text
 
 
@@ -155,90 +173,112 @@ def runs_text(arms: dict[str, Any], *names: str) -> str:
 def spoken(found: dict[str, Any]) -> str:
     """A difference with its interval, and what the interval is over."""
     over = "users and training runs" if found["scope"] == "method" else "users"
-    return f"{found['value']:+.1f} points (95% interval {found['low']:+.1f} to {found['high']:+.1f} over {over})"
+    value, low, high = (rounded(found[name], sign="+") for name in ("value", "low", "high"))
+    return f"{value} points (95% interval {low} to {high} over {over})"
 
 
-def interval_text(difference: dict[str, float]) -> str:
-    return f"{difference['value']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+def rounded(value: float, digits: int = 1, sign: str = "") -> str:
+    """A number as text; sign "+" for differences. What rounds to 0 has no sign."""
+    value = round(value, digits) or 0.0
+    return f"{value:{sign if value else ''}.{digits}f}"
+
+
+def with_interval(found: dict[str, Any], digits: int = 1, sign: str = "", unit: str = "") -> str:
+    """A value with its interval."""
+    value, low, high = (rounded(found[name], digits, sign) for name in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def interval_text(difference: dict[str, Any]) -> str:
+    return with_interval(difference, sign="+")
 
 
 def change_text(name: str, found: dict[str, Any], other: str) -> str:
     """How much a lead, such as `dpo - sft`, differs between two evaluations, of data.measures.interaction."""
-    lead = f"note: {name} is {interval_text(found)} points larger here than in {other}"
-    return f"{lead}; a change of {found['detectable_points']:.1f} points could be told from 0"
+    change = f"note: {name} changes by {interval_text(found)} points, here minus {other}"
+    return f"{change}. A change of {found['detectable_points']:.1f} points could be told from 0."
+
+
+# ------------------------------------------------------------------------------------------------------ caveats
 
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the verdict must know."""
-    arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
+    arms = metrics["arms"]
     models = [arm for arm, measures in arms.items() if measures["kind"] == "model" and arm != "base" and "@" not in arm]
     found = [caveat for arm in models for caveat in caveats_of(arm, metrics)]
-    for arm in ("dpo", *controls):
-        found += caveats_of_baselines(arm, metrics)
-    difference = comparisons["dpo - sft"]
-    order_free = difference["order_free_accuracy"]
-    if difference["low"] * difference["high"] > 0 and order_free["low"] <= 0 <= order_free["high"]:
-        found.append(
-            f"with both orders taken together the difference is {interval_text(order_free)} points, which may be 0: "
-            "what differs may be how much they lean to one letter and not which film they prefer"
-        )
-    for arm in ("sft", *controls):
-        seen = pairs_seen(arm, arms)
-        if seen not in ("", "as many pairs"):
-            found.append(f"{arm} saw {seen} that dpo saw in all its training: unequal training may be what differs")
-    for arm in controls:
-        also = comparisons[f"dpo - {arm}"]
-        if arm != metrics["control"] and SAYS[also["verdict"].partition(" (")[0]] != "yes" and difference["low"] > 0:
-            found.append(f"dpo is not shown to be better than {arm}, either ({interval_text(also)} points)")
-    few = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] < RUNS_FOR_METHOD]
-    if few:
-        listed = ", ".join(f"{arms[arm]['seeds']} of {arm}" for arm in few)
-        runs = f"fewer than {RUNS_FOR_METHOD} training runs ({listed})"
-        found.append(f"{runs}: the interval leaves out what another seed would give; the verdict is on these adapters")
-    return found
+    found += [caveat for arm in ("dpo", *sft_controls(arms)) for caveat in caveats_of_baselines(arm, metrics)]
+    return found + caveats_of_verdict(metrics)
 
 
 def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
-    """What a reader of one arm's measures must know, whatever it is compared with."""
+    """What a reader of one arm's measures must know."""
     found, measures = [], metrics["arms"][arm]
     letter = letter_always_answered(measures)
     if letter:
-        why = "its ranking accuracy is 50% for that reason"
-        found.append(f"{arm} answers {letter} almost whatever the options are: {why}")
+        found.append(f"it answers {letter} almost always. Its ranking accuracy is 50% for that reason")
     for seed in {} if letter else measures["ranking_accuracy"].get("runs", {}):
         if of_run := letter_always_answered(measures, seed):
-            why = "its ranking accuracy of 50% is in the mean"
-            found.append(f"{arm}'s run of seed {seed} answers {of_run} almost whatever the options are: {why}")
+            counts = "Its ranking accuracy of 50% is part of the mean"
+            found.append(f"the run of seed {seed} answers {of_run} almost always. {counts}")
     against = measures["accuracy_against_popularity"]
     if not letter and against["value"] is not None and against["low"] <= 50:
-        interval = f"{against['value']:.1f}% [{against['low']:.1f}, {against['high']:.1f}]"
-        where = "where the less popular film is the right one"
-        found.append(f"{arm} is not shown to be better than chance {where}: {interval}")
+        interval = with_interval(against, unit="%")
+        found.append(f"it is not shown to beat chance where the less popular film is the right one: {interval}")
     gap = measures["personalisation_gap"]
     if gap["value"] is not None and gap["low"] <= 0:
-        loss = f"with a stranger's it loses {gap['value']:.1f} points, interval includes 0"
-        found.append(f"{arm} may not use the history: {loss}")
+        loss = f"a stranger's history costs {with_interval(gap)} points, which may be 0"
+        found.append(f"it may not use the history: {loss}")
     if (measures["near_ties"] or 0) > 0.05 * 2 * metrics["pairs"] * measures["seeds"]:
-        found.append(f"{arm} decides {measures['near_ties']:,} times by less than 0.01 nats: rounding could turn them")
-    chosen, rejected = (measures[f"{name}_change"]["value"] for name in ("chosen", "rejected"))
-    if chosen is not None and chosen < -1:
-        falls = f"by {-chosen:.1f} nats against its reference (the rejected one: {rejected:+.1f})"
-        found.append(f"{arm} makes the chosen response less likely, {falls}: likelihood displacement")
-    return found
+        close = f"{measures['near_ties']:,} of its decisions are closer than {NEAR_TIE} nats"
+        found.append(f"{close}. Rounding may change them")
+    if measures["chosen_change"]["value"] is not None and measures["chosen_change"]["value"] < -1:
+        chosen, rejected = (with_interval(measures[f"{name}_change"], sign="+") for name in ("chosen", "rejected"))
+        falls = f"the chosen response became less likely, {chosen} nats from the reference (rejected: {rejected})"
+        found.append(f"{falls}. This is likelihood displacement")
+    return [f"{named(arm)}: {text}." for text in found]
 
 
 def caveats_of_baselines(arm: str, metrics: dict[str, Any]) -> list[str]:
     """Which baselines are better than an arm, and which are not shown to be worse."""
-    arms = metrics["arms"]
-    baselines = {name: f"{arm} - {name}" for name, measures in arms.items() if measures["kind"] == "baseline"}
-    compared = {name: metrics["comparisons"][key] for name, key in baselines.items() if key in metrics["comparisons"]}
-    found = []
-    for says, which in (
-        ("loses to", [name for name, difference in compared.items() if difference["high"] < 0]),
-        ("is not shown to be better than", [name for name, one in compared.items() if one["low"] <= 0 <= one["high"]]),
-    ):
-        names = {"popularity": "taking the more popular film", "learned": "a logistic regression on counts"}
-        values = {name: arms[name]["ranking_accuracy"]["value"] for name in (arm, *which)}
-        listed = ", ".join(f"{names.get(name, name)} ({values[name]:.1f}%)" for name in which)
-        found += [f"{arm} ({values[arm]:.1f}%) {says} {listed}"] if which else []
+    arms, comparisons = metrics["arms"], metrics["comparisons"]
+    names = {"popularity": "the more popular film", "learned": "a logistic regression on counts"}
+    baselines = {
+        names.get(name, name): comparisons[f"{arm} - {name}"]
+        for name, measures in arms.items()
+        if measures["kind"] == "baseline" and f"{arm} - {name}" in comparisons
+    }
+    worse = [name for name, one in baselines.items() if one["high"] < 0]
+    open_ = [name for name, one in baselines.items() if one["low"] <= 0 <= one["high"]]
+    found = [f"it ranks worse than {listed(worse, 'and')}"] if worse else []
+    found += [f"it is not shown to rank better than {listed(open_, 'or')}"] if open_ else []
+    return [f"{named(arm)}: {text}." for text in found]
+
+
+def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
+    """What a reader must know of the comparisons that the verdicts are on."""
+    arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
+    difference, found = comparisons["dpo - sft"], []
+    order_free = difference["order_free_accuracy"]
+    if difference["low"] * difference["high"] > 0 and order_free["low"] <= 0 <= order_free["high"]:
+        found.append(
+            f"Order-free accuracy: the difference is {interval_text(order_free)} points, which may be 0. "
+            "DPO and SFT may lean to a letter differently and still prefer the same films."
+        )
+    for arm in ("sft", *controls):
+        seen = pairs_seen(arm, arms)
+        if seen not in ("", "as many pairs"):
+            why = "Unequal training may explain the difference"
+            found.append(f"{named(arm)}: it saw {seen} that DPO saw. {why}.")
+    for arm in controls:
+        also = comparisons[f"dpo - {arm}"]
+        if arm != metrics["control"] and SAYS[also["verdict"].partition(" (")[0]] != "yes" and difference["low"] > 0:
+            found.append(f"DPO: it is not shown to rank better than {arm} either ({interval_text(also)} points).")
+    few = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] < RUNS_FOR_METHOD]
+    if few:
+        runs = "; ".join(f"{named(arm)}: {arms[arm]['seeds']}" for arm in few)
+        found.append(
+            f"Fewer than {RUNS_FOR_METHOD} training runs ({runs}): the verdict is on these adapters. "
+            "Another seed may give another result, and the intervals leave this out."
+        )
     return found

@@ -222,8 +222,8 @@ def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated
     here = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]["ranking_accuracy"]
     change = json.loads((tmp_path / "evaluation" / "interaction.json").read_text())["dpo - sft"]
     assert change["value"] == pytest.approx(here["value"] - 100, abs=1e-5)
-    assert f"\nnote: dpo - sft is {change['value']:+.1f} [" in capsys.readouterr().out
-    assert "points larger here than in" in (tmp_path / "evaluation" / "report.md").read_text()
+    assert f"\n- note: dpo - sft changes by {change['value']:+.1f} [" in capsys.readouterr().out
+    assert "points, here minus " in (tmp_path / "evaluation" / "report.md").read_text()
     with pytest.raises(UserError, match="cannot read"):
         evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "none.csv")])
 
@@ -235,18 +235,18 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
         evaluate_dpo.main([*flags, "--test_share", "0.4"])
     evaluate_dpo.main([*quick, "--test_share", "0.4", "--allow_mismatch", "true", "--fast", "true"])
     evaluation = tmp_path / "outputs" / "evaluation"
-    assert capsys.readouterr().out.count("\nmismatch: ") == 2
+    assert capsys.readouterr().out.count("\n- mismatch: ") == 2
     assert (evaluation / "report.md").read_text().count("**Mismatch:**") == 2
     answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.5), "sft": [], "base": {"answers": 1}}
     write_json(evaluation / "generation.json", answers)
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
-    assert capsys.readouterr().out.count("\nmismatch: ") == 2, "made anew from its predictions"
+    assert capsys.readouterr().out.count("\n- mismatch: ") == 2, "made anew from its predictions"
     report = (evaluation / "report.md").read_text()
     assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
     for name, source in (("one", evaluation), ("two", tmp_path / "one" / "evaluation")):
         place = ["--outputs", str(tmp_path / name)]
         evaluate_dpo.main([*quick, *place, "--from_predictions", str(source / "predictions.csv")])
-        assert capsys.readouterr().out.count("\nmismatch: ") == 2, "what is known of them goes with them"
+        assert capsys.readouterr().out.count("\n- mismatch: ") == 2, "what is known of them goes with them"
         assert "| dpo | 0.5 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
     write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
@@ -254,10 +254,11 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
     (evaluation / "run.json").write_text('{"notes": ["kept"], "odd": NaN, "half": "\\ud800"}')
     from_it = ["--from_predictions", str(evaluation / "predictions.csv")]
     evaluate_dpo.main([*quick, "--outputs", str(tmp_path / "three"), *from_it])
-    assert "\nnote: kept" in capsys.readouterr().out
+    assert "\n- note: kept" in capsys.readouterr().out
     (adapter_of(flags, "sft") / "run.json").unlink()
     evaluate_dpo.main([*quick, "--fast", "true"])
-    assert "whether it was trained on test pairs is not known" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "whether it was trained on test pairs is not known" in said
 
 
 def test_a_broken_adapter_is_refused_whatever_is_allowed(mine, monkeypatch):
@@ -357,7 +358,7 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     arms = [*BASELINES, "base", "sft", "dpo", "again"]
     assert [line[:13].strip() for line in out.splitlines() if line[:13].strip() in arms] == arms
-    assert "verdict: " in out.splitlines()[-3]
+    assert f"\n- {folder}/report.md: " in out[out.index("verdict: ") :], "what it means, then where to look"
 
     predictions = pd.read_csv(folder / "predictions.csv")
     assert list(predictions) == [
@@ -378,7 +379,9 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     drawn = {path.name for path in (folder / "figures").iterdir()}
     names = ("accuracy", "popularity", "position_bias", "reliability", "margins")
     assert drawn == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
-    assert "| popularity |" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "| popularity |" in report and all(f"(figures/{name}.png)" in report for name in names)
+    assert "| `strangers` | `False` |" in report
     assert r"\toprule" in (folder / "table.tex").read_text()
 
     monkeypatch.setattr(evaluate_dpo, "plot_all", lambda *_: None)
@@ -402,7 +405,7 @@ def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_
     rows.to_csv(tmp_path / "first.csv", index=False, columns=COLUMNS[1])
     place = ["--preset", "small", "--outputs", str(tmp_path)]
     evaluate_dpo.main([*place, "--from_predictions", str(tmp_path / "first.csv")])
-    assert "\nnote: these predictions are of version 1: every pair counts as a user" in capsys.readouterr().out
+    assert "\n- note: these predictions are of version 1: every pair counts as a user." in capsys.readouterr().out
     first, second = (
         json.loads((folder / "evaluation" / "metrics.json").read_text())["arms"]["dpo"]
         for folder in (tmp_path, Path(evaluated.outputs))

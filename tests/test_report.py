@@ -1,8 +1,10 @@
 """What is written of metrics: the summary, an adapter's model card, and with it a folder that is fit for the Hub."""
 
+import html
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ from huggingface_hub import ModelCard, ModelCardData
 import config
 import evaluate_dpo
 from config import EvaluationSettings, preset_settings
-from data.files import file_sha256
+from data.files import file_sha256, read_json
 from data.measures import MEASURES, OF_ANSWERS, compute_metrics
 from data.report import (
     CARD_MARK,
     MAIN_MEASURES,
     cell,
+    emphasised,
+    half_interval,
+    headline,
     latex,
     model_card,
     report,
@@ -48,22 +53,69 @@ def study(trained, tmp_path_factory):
 
 
 def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
-    rows = predictions_of(sft=np.tile([-1.0, 1.0], (40, 1)), sft_long=np.ones((40, 2)), dpo=np.ones((40, 2)))
+    rows = predictions_of(sft=np.tile([-1.0, 1.0], (100, 1)), sft_long=np.ones((100, 2)), dpo=np.ones((100, 2)))
     rows["response_margin"] = np.nan
     metrics = judge(compute_metrics(rows))
     lines = table(metrics).splitlines()
-    assert [line.split()[0] for line in (lines[0], *lines[2:])] == ["arm", *metrics["arms"]]
+    assert [line.split()[0] for line in (lines[1], *lines[3:-1])] == ["arm", *metrics["arms"]]
     tex = latex(metrics)
     assert r"sft\_long & 100.0 [100.0, 100.0] & -- & " in tex and "$-$100.0 [$-$100.0, $-$100.0]" in tex
     assert r"\toprule" in tex and r"ranking accuracy (\%)" in tex
     answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.25)}
-    text = report(metrics, answers, ["note: of <b>"], "a model in 4 bits")
-    assert "| measure | sft | sft_long | dpo |" in text and "**Note:** of &lt;b&gt;" in text
+    run = {"settings": {"base_model": "a/model", "bits": 4, "`<b>|": "<i>"}, "packages": {"torch": "2"}}
+    text = report(metrics, answers, ["note: of <b>"], run, ["accuracy.png", "position_bias.png"])
+    assert "| measure | sft | sft_long | dpo |" in text and "- **Note:** of &lt;b&gt;" in text
     assert "| ranking accuracy (%) of each run | seed 1 |" in text and "| sft_long | 100.0 |" in text
-    assert "| dpo - sft_long |" in text and "| PARTIAL: comparable (these adapters) |" not in text, "too few users"
-    assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of a model in 4 bits." in text
-    assert all(line in text for line in summary(metrics, "a model in 4 bits").splitlines())
-    assert "DPO and SFT of a model in 4 bits reached" in text and "a model" not in metrics["sentence"]
+    assert "| dpo - sft_long |" in text and "| PARTIAL: comparable (these adapters) |" in text
+    assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of model in 4 bits." in text
+    assert "| decisions by less than 0.01 nats | 0 | 0 | 0 |" in text and "| loss of ranking" not in text
+    assert "| `b` | `i` |" in text and "| `packages` | `torch: 2` |" in text
+    assert "We tested model in 4 bits on 100" in text and "model" not in metrics["sentence"]
+    order = ["**Verdict: SUPPORTED (these adapters) against SFT**", metrics["conclusion"], "| arm | ranking % |"]
+    order += ["![accuracy](figures/accuracy.png)", "![position bias](figures/position_bias.png)", *metrics["caveats"]]
+    order += ["## To quote", "## Comparisons", "## All measures", "## Settings", "## Definitions"]
+    places = [text.index(html.escape(part)) for part in order]
+    assert places == sorted(places), "what a reader wants first comes first"
+    assert all(f"`{name}`" in text[places[-1] :] for name in MEASURES), "docs/metrics.md defines them"
+
+
+@pytest.mark.parametrize("results", ["", "small"])
+def test_a_terminal_of_80_columns_shows_the_verdicts_first(results):
+    metrics = judge(read_json(config.ROOT / "docs" / "results" / results / "metrics.json"))
+    text = summary(metrics, "a model in 4 bits", ["mismatch: " + 20 * "word "])
+    assert max(map(len, text.splitlines())) <= 80
+    verdicts, meaning, arms, differences, caveats, quote = text.split("\n\n")
+    assert headline(metrics) == "\n\n".join([verdicts, meaning, arms]), "what the README shows"
+    assert verdicts.startswith(f"verdict: {metrics['verdict']} against SFT\n")
+    assert f"\n         {metrics['control_verdict']} against " in verdicts and f"({metrics['control']})" in verdicts
+    assert meaning.replace("\n", " ") == metrics["conclusion"]
+    for name, found in metrics["arms"].items():
+        [line] = [line for line in arms.splitlines() if line.startswith(f"{name} ") and "±" in line]
+        assert f" {found['ranking_accuracy']['value']:.1f} ±" in line
+    assert f"dpo - {metrics['control']}" in differences and "response accuracy " in differences
+    assert caveats.startswith("caveats\n- mismatch: word ") and "\n  word" in caveats
+    assert caveats.count("\n- ") == len(metrics["caveats"]) + 1
+    assert "to quote: We tested a model in 4 bits on " in quote
+    assert not re.search(r"[-+]0\.0\b|\[[^\]]*$", text, re.M), "a zero with a sign, or an interval on two lines"
+
+
+def test_a_long_name_has_a_line_of_its_own_and_an_interval_at_a_limit_its_longer_half():
+    name = "sft_of_another_learning_rate"
+    lines = table(compute_metrics(predictions_of(**{name: np.ones((40, 2))}))).splitlines()
+    place = lines.index(name)
+    assert re.match(r" +100\.0 ±0\.0 ", lines[place + 1]) and max(map(len, lines)) <= 80
+    assert half_interval({"value": 99.0, "low": 95.0, "high": 100.0}) == "4.0"
+
+
+def test_only_a_terminal_without_no_color_shows_verdicts_in_bold(monkeypatch):
+    text = "verdict: SUPPORTED against SFT\n           +9.4 points\n         NOT SUPPORTED against SFT, continued"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for terminal, no_color, bold in ((True, "", 2), (True, "1", 0), (False, "", 0)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda shown=terminal: shown))
+        shown = emphasised(text)
+        assert shown.count("\033[1m") == shown.count("\033[0m") == bold
+        assert re.sub(r"\033\[\dm", "", shown) == text
 
 
 def base_of(flags: list[str]) -> dict:
@@ -107,11 +159,11 @@ def test_evaluation_writes_a_card_with_the_measures_of_its_arm(study):
             assert part in text
         for part in ("18 users", "both orders", "4-bit (NF4)", "seed 3407"):
             assert part in text
-        assert "- fewer than 3 training runs" in text
-        assert not re.search(rf"^- {other} ", text, re.M), "a caveat of the other arm"
+        assert "- Fewer than 3 training runs" in text and not re.search(r"\.\.$", text, re.M)
+        assert not re.search(rf"^- {other.upper()}: it is", text, re.M), "a caveat of the other arm"
         kept = cell(metrics["arms"][f"{arm}@16bit"]["precision_consistency"], "%")
-        assert f"on 16bit weights {kept}% of its decisions stay the same" in text
-    assert "beta 0.1" in text and "from the SFT adapter, which is its reference" in text
+        assert f"On 16-bit weights {kept}% of its decisions stay the same" in text
+    assert "beta 0.1" in text and "from the SFT adapter, which is also its reference" in text
     assert metrics["sentence"] in text, "the card is that of the first arm that has this folder"
 
 
@@ -151,7 +203,7 @@ def test_an_adapter_that_was_not_evaluated_says_so_and_several_seeds_are_told(st
     assert "Not evaluated" in card and "| measure |" not in card and ModelCard(card).data.eval_results is None
     assert "training runs" not in model_card(adapter, base, "again", metrics)
     metrics["arms"]["dpo"]["seeds"] = 3
-    assert "Means over the arm's 3 training runs" in model_card(adapter, base, "dpo", metrics)
+    assert "means over 3 training runs" in model_card(adapter, base, "dpo", metrics)
     mismatch = [f"{adapter} was trained on another split <b>"]
     assert "- was trained on another split _b_." in model_card(adapter, base, "dpo", metrics, mismatch)
 
@@ -175,14 +227,14 @@ def test_only_a_generated_readme_is_overwritten_and_evaluation_goes_on(mine, no_
         (adapter / "README.md").write_text(text)
         said = write_card(adapter, base)
         assert ((adapter / "README.md").read_text() != text) is ours
-        assert said.startswith("model card: ") is ours and ("somebody's own" in said) is not ours
+        assert said.startswith("model card: ") is ours and ("your own text" in said) is not ours
     (adapter / "README.md").unlink()
     (adapter / "README.md").mkdir()  # it cannot be written
     sft = adapter_of(flags, "sft") / "README.md"
     sft.write_text("# My adapter")
     evaluate_dpo.main([*flags])
     out = capsys.readouterr().out
-    assert f"{sft} is somebody's own text and stays as it is\n" in out
+    assert f"{sft} has your own text and is kept\n" in out
     assert f"warning: no model card in {adapter}: " in out
     assert sft.read_text() == "# My adapter" and "verdict: " in out
     shutil.rmtree(adapter / "README.md")
@@ -195,7 +247,7 @@ def test_a_card_of_an_adapter_that_says_nothing_or_nonsense_of_itself(mine):
     _, flags = mine
     adapter, base = adapter_of(flags), base_of(flags)
     (adapter / "run.json").unlink()
-    assert "it has no run.json that says so" in model_card(adapter, base)
+    assert "this folder has no run.json that names it" in model_card(adapter, base)
     about = {"stage": "<b>", "settings": {"seed": "[x](http://y)", "pairs": "`\n# Title"}}
     (adapter / "run.json").write_text(json.dumps(about))
     card = model_card(adapter, base)
@@ -203,7 +255,7 @@ def test_a_card_of_an_adapter_that_says_nothing_or_nonsense_of_itself(mine):
     for nonsense in ("[]", "{"):
         (adapter / "run.json").write_text(nonsense)
         assert write_card(adapter, base).startswith("model card: ")
-        assert "What it was trained on is not known" in (adapter / "README.md").read_text()
+        assert "The training data is not known" in (adapter / "README.md").read_text()
     for nonsense in ('{"settings": 1}', '{"settings": {"bits": []}}', '{"settings": {"bits": 3}}', '{"stage": []}'):
         (adapter / "run.json").write_text(nonsense)
         said = write_card(adapter, base)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,32 @@ def test_what_is_there_with_the_same_settings_is_not_trained_again(mine, monkeyp
     said = capsys.readouterr().out
     for stage in ("sft", "dpo"):
         assert f"{stage}: {folder_of(flags, stage)} is there, trained with these settings: nothing to do" in said
+
+
+def test_the_last_line_of_training_is_the_command_that_finds_its_adapters(mine, tmp_path, monkeypatch, capsys):
+    flags, _ = mine
+    monkeypatch.setattr(train_dpo, "train_stage", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+    def said(*more: str) -> list[str]:
+        train_dpo.main([*flags, "--control", "false", *more])
+        return shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+
+    first, elsewhere = folder_of(flags, "sft"), tmp_path / "my sft"
+    shutil.copytree(first, elsewhere)
+    for more, sft in ([], first), (["--sft_adapter", str(elsewhere)], elsewhere):
+        python, script, *found = said(*more)
+        assert python == "python" and Path(script).samefile(config.ROOT / "evaluate_dpo.py")
+        settings = config.parse_settings(EvaluationSettings, found)
+        adapters, _ = evaluate_dpo.find_adapters(settings, config.load_split(settings)[1])
+        assert [folder for runs in adapters.values() for folder in runs.values()] == [sft, folder_of(flags, "dpo")]
+    shutil.rmtree(first)
+    assert "--stage all" in shlex.join(said()), "there is no arm sft to compare DPO with"
+    small = config.preset_settings(TrainingSettings, "small")
+    monkeypatch.setattr(config, "adapters_there", lambda *_: [tmp_path])
+    monkeypatch.chdir(config.ROOT)
+    monkeypatch.setattr(sys, "executable", str(config.ROOT / ".venv" / "bin" / "python"))
+    assert train_dpo.next_command(small) == ".venv/bin/python evaluate_dpo.py --preset small"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import pytest
 from conftest import predictions_of
 from scipy import stats
 
+import config
+from data.files import read_json
 from data.measures import compute_metrics
 from data.report import summary
-from data.verdict import judge, verdict
+from data.verdict import NO_CONTROL, SAYS, conclusion, judge, rounded, verdict
 
 
 def judged(rows: pd.DataFrame) -> dict:
@@ -65,7 +67,7 @@ def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users
     assert found["p"] == pytest.approx(2 * 0.5**gained)
     wanted = {(300, 1): "INCONCLUSIVE", (1208, 1): "PARTIAL: small gain", (6040, 1): "PARTIAL: small gain"}
     assert metrics["verdict"] == wanted.get((users, points), "SUPPORTED") + " (these adapters)"
-    assert f"a difference of {found['value']:+.1f} points" in metrics["sentence"]
+    assert f"The difference is {found['value']:+.1f} points" in metrics["sentence"]
 
 
 def test_without_both_arms_there_is_no_verdict():
@@ -76,7 +78,7 @@ def test_without_both_arms_there_is_no_verdict():
 def test_an_arm_that_answers_one_letter_is_told_so():
     always_b = np.tile([-1.0, 1.0], (40, 1))
     found = judged(predictions_of(sft=always_b, dpo=always_b))
-    assert any("dpo answers B" in caveat for caveat in found["caveats"])
+    assert "DPO: it answers B almost always. Its ranking accuracy is 50% for that reason." in found["caveats"]
 
 
 def test_two_arms_that_answer_one_letter_are_not_called_comparable():
@@ -84,11 +86,11 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     metrics = judged(predictions_of(sft=always_b, dpo=always_b))
     found = (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"])
     assert found == (-0.25, "INCONCLUSIVE (these adapters)")
-    assert "both answer one letter" in metrics["sentence"] and "users needed" not in summary(metrics)
+    assert "Both arms answer one letter" in metrics["sentence"] and "always decide" not in summary(metrics)
     each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b) for sign in (1, -1)]
     metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]))
     assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
-    assert any("dpo answers one letter" in caveat for caveat in metrics["caveats"])
+    assert any("DPO: it answers one letter" in caveat for caveat in metrics["caveats"])
     fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
     metrics = judged(predictions_of(sft=fair, dpo=fair))
     assert metrics["verdict"] == "PARTIAL: comparable (these adapters)"
@@ -97,13 +99,13 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
 @pytest.mark.parametrize(
     ("shares", "wanted", "says"),
     [
-        ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT, and better than SFT trained longer"),
-        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "what DPO gains, more training gains too"),
-        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "what DPO gains, more training gains too"),
-        ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks better neither than SFT nor than"),
-        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs; no control was trained"),
-        ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "From the control sft_x"),
-        ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "From the control sft_more"),
+        ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT and better than continued SFT."),
+        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "more training gains as much or more."),
+        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "more training gains as much or more."),
+        ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "not rank better than SFT or better than continued SFT."),
+        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs. No control was trained"),
+        ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "The control, longer SFT (sft_x), reached"),
+        ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "The control, continued SFT, reached"),
     ],
 )
 def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, says):
@@ -112,12 +114,44 @@ def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, s
     first = "NOT SUPPORTED" if shares["dpo"] < 0.6 else "SUPPORTED"
     assert (metrics["verdict"], metrics["control_verdict"], metrics["scope"]) == (first, wanted, "method")
     assert says in metrics["sentence"] and "3 training runs each, seeds 0, 1, 2" in metrics["sentence"]
-    last = summary(metrics).splitlines()[-1]
-    assert last.startswith(f"verdict: {first} against ") and wanted in last
-    assert ("an sft that saw a quarter of the pairs" in last) == (len(shares) == 1)
-    assert "these adapters" not in json.dumps(metrics) + last
+    shown = summary(metrics)
+    verdicts = shown.partition("\n\n")[0]
+    assert verdicts.startswith(f"verdict: {first} against ") and f"\n         {wanted}" in verdicts
+    assert ("an SFT that saw a quarter of the pairs" in verdicts) == (len(shares) == 1)
+    assert "these adapters" not in json.dumps(metrics) + shown
     if "sft_long" in shares and "sft_more" in shares:
-        assert any("dpo is not shown to be better than sft_long" in caveat for caveat in metrics["caveats"])
+        assert any("DPO: it is not shown to rank better than sft_long" in caveat for caveat in metrics["caveats"])
+
+
+def test_fewer_than_100_users_give_no_sentence_to_quote():
+    for users, quoted in ((99, False), (100, True)):
+        metrics = judged(predictions_of(sft=np.ones((users, 2)), dpo=np.ones((users, 2))))
+        for text in (metrics["sentence"], summary(metrics)):
+            assert ("DPO reached a ranking accuracy" in text) is quoted
+            assert ("it takes 100 test users, and these are 99." in text) is not quoted
+        assert ("\n\nto quote: " in summary(metrics)) is quoted
+
+
+@pytest.mark.parametrize("over_sft", [*SAYS])
+@pytest.mark.parametrize("over_control", [*SAYS, NO_CONTROL])
+def test_what_follows_is_said_in_short_sentences_with_a_capital(over_sft, over_control):
+    about = {"verdict": f"{over_sft} (these adapters)", "control_verdict": over_control, "control": "sft_more"}
+    arms = {"sft": {"pairs_seen": 1}, "dpo": {"pairs_seen": 4, "seeds": 2}}
+    text = conclusion(about | {"scope": "adapters", "arms": arms})
+    assert text[0].isupper() and text.endswith(".") and "{" not in text
+    assert max(len(part.split()) for part in text.split(". ")) <= 30
+
+
+@pytest.mark.parametrize("results", ["", "small"])
+def test_caveats_of_the_published_results_are_sentences_of_at_most_30_words(results):
+    metrics = judge(read_json(config.ROOT / "docs" / "results" / results / "metrics.json"))
+    for caveat in metrics["caveats"]:
+        assert len(caveat.split()) <= 30 and caveat.endswith("."), caveat
+
+
+def test_what_rounds_to_0_has_no_sign():
+    assert [rounded(value, sign="+") for value in (0.04, -0.04, 0.05001, -2)] == ["0.0", "0.0", "+0.1", "-2.0"]
+    assert rounded(-0.0004, 3) == "0.000" and rounded(-0.0006, 3) == "-0.001"
 
 
 @pytest.mark.parametrize("dpo_runs", [1, 2, 3])
@@ -128,14 +162,14 @@ def test_fewer_than_three_runs_of_either_arm_are_a_verdict_on_these_adapters(sft
     enough = min(sft_runs, dpo_runs) == 3
     assert metrics["scope"] == metrics["comparisons"]["dpo - sft"]["scope"] == ("method" if enough else "adapters")
     assert metrics["verdict"] == "SUPPORTED" + ("" if enough else " (these adapters)")
-    assert ("on these adapters and not on the method" in metrics["sentence"]) is not enough
-    assert any("fewer than 3 training runs" in caveat for caveat in metrics["caveats"]) is not enough
+    assert ("This result is on these adapters only." in metrics["sentence"]) is not enough
+    assert any("Fewer than 3 training runs" in caveat for caveat in metrics["caveats"]) is not enough
 
 
 def test_a_control_of_one_run_makes_the_conclusion_one_on_adapters():
     metrics = judged(pd.concat([runs_of(3, sft=0.6, dpo=0.8), runs_of(1, sft_more=0.7)]))
     assert metrics["verdict"] == "SUPPORTED" and metrics["control_verdict"] == "SUPPORTED (these adapters)"
-    assert metrics["scope"] == "adapters" and "(1 of sft_more)" in " ".join(metrics["caveats"])
+    assert metrics["scope"] == "adapters" and "(SFT, continued: 1)" in " ".join(metrics["caveats"])
 
 
 def test_a_run_that_answers_one_letter_is_named_and_its_p_is_none():
@@ -143,7 +177,7 @@ def test_a_run_that_answers_one_letter_is_named_and_its_p_is_none():
     fallen = (rows["arm"] == "dpo") & (rows["seed"] == "1")
     rows.loc[fallen, "decision_margin"] = np.where(rows.loc[fallen, "order"] == "A", -1.0, 1.0)
     metrics = judged(rows)
-    assert any("dpo's run of seed 1 answers B almost whatever" in caveat for caveat in metrics["caveats"])
+    assert any("DPO: the run of seed 1 answers B almost always" in caveat for caveat in metrics["caveats"])
     assert metrics["arms"]["dpo"]["ranking_accuracy"]["runs"]["1"] == 50
     assert metrics["verdict"] == "INCONCLUSIVE" and metrics["comparisons"]["dpo - sft"]["p"] is None
     assert "McNemar" not in summary(metrics)
@@ -157,24 +191,24 @@ def test_a_chosen_response_that_becomes_less_likely_is_told(falls, told):
     rows["chosen_log_prob"], rows["rejected_log_prob"] = np.where(of_dpo, -20 + falls, -20), np.where(of_dpo, -29, -20)
     found = [caveat for caveat in judged(rows)["caveats"] if "likelihood displacement" in caveat]
     assert bool(found) is told
-    assert not told or "by 3.0 nats against its reference (the rejected one: -9.0)" in found[0]
+    assert not told or "-3.0 [-3.0, -3.0] nats from the reference (rejected: -9.0 [-9.0, -9.0])" in found[0]
 
 
 def test_unequal_training_is_told():
     shares = {"sft": 0.6, "sft_more": 0.7, "dpo": 0.7}
     for seen, told in ((100, "a quarter of the pairs"), (370, "92% of the pairs"), (400, "")):
         metrics = judged(runs_of(3, {"sft": 100.0, "sft_more": seen, "dpo": 400.0}, **shares))
-        found = [caveat for caveat in metrics["caveats"] if caveat.startswith("sft_more saw")]
+        found = [caveat for caveat in metrics["caveats"] if caveat.startswith("SFT, continued: it saw")]
         assert [told in caveat for caveat in found] == [True] * bool(told)
         assert ("as many pairs as DPO" in metrics["sentence"]) is not bool(told)
-    assert not any("saw" in caveat for caveat in judged(runs_of(3, **shares))["caveats"]), "not known"
+    assert not any(" saw " in caveat for caveat in judged(runs_of(3, **shares))["caveats"]), "not known"
 
 
 def test_a_learned_baseline_that_wins_is_told():
     rows = runs_of(3, sft=0.6, dpo=0.7)
     learned = predictions_of(learned=margins_of_share(600, 0.9)).assign(kind="baseline", seed="")
     told = judged(pd.concat([rows, learned]))["caveats"]
-    assert "dpo (67.0%) loses to a logistic regression on counts (89.2%)" in told
+    assert "DPO: it ranks worse than a logistic regression on counts." in told
 
 
 def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
@@ -187,10 +221,10 @@ def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
     rows = predictions_of(**margins)
     rows.loc[~rows["arm"].isin(models), "kind"] = "baseline"
     told = judged(rows)["caveats"]
-    for arm in ("dpo", "sft_long"):
-        [lost] = [caveat for caveat in told if caveat.startswith(arm) and "loses to" in caveat]
-        assert "taking the more popular film" in lost and "co-occurrence" not in lost
-        says = "not shown to be better than co-occurrence"
+    for arm in ("DPO: ", "sft_long: "):
+        [lost] = [caveat for caveat in told if caveat.startswith(arm) and "ranks worse than" in caveat]
+        assert "the more popular film" in lost and "co-occurrence" not in lost
+        says = "not shown to rank better than co-occurrence"
         [open_] = [caveat for caveat in told if caveat.startswith(arm) and says in caveat]
         assert "popular" not in open_
     assert not any("genre overlap" in caveat for caveat in told)
@@ -203,7 +237,7 @@ def test_chance_against_popularity_is_told():
     margins = np.tile(rows[rows["arm"] == "sft"]["decision_margin"], 2)
     rows["preferred_more_popular"] = [str(bool(margin > 0)).lower() for margin in margins]
     told = [text for text in judged(rows)["caveats"] if "less popular film is the right one" in text]
-    assert len(told) == 1 and told[0].startswith("sft is not shown to be better than chance")
+    assert len(told) == 1 and told[0].startswith("SFT: it is not shown to beat chance")
 
 
 def test_a_gain_that_is_only_less_position_bias_is_told_so():
@@ -213,8 +247,8 @@ def test_a_gain_that_is_only_less_position_bias_is_told_so():
     leaning, fair = (np.column_stack([preference - lean, preference + lean]) for lean in (1.5, 0.0))
     metrics = judged(predictions_of(sft=leaning, dpo=fair))
     assert metrics["verdict"] == "SUPPORTED (these adapters)"
-    assert any("not which film they prefer" in caveat for caveat in metrics["caveats"])
+    assert any("still prefer the same films" in caveat for caveat in metrics["caveats"])
     better = np.column_stack([preference + 1, preference + 1])
     metrics = judged(predictions_of(sft=fair, dpo=better))
     assert metrics["verdict"] == "SUPPORTED (these adapters)"
-    assert not any("not which film" in caveat for caveat in metrics["caveats"])
+    assert not any("prefer the same films" in caveat for caveat in metrics["caveats"])
