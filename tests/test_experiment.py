@@ -5,6 +5,7 @@ import shlex
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from benchmarks import experiment, gpu, study_report
 from benchmarks.experiment import Job
