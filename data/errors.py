@@ -1,7 +1,4 @@
-"""Errors that a user can fix, and the checks that find them early.
-
-An error is one line of what is wrong and one of how to fix it; a script then ends with exit code 2.
-"""
+"""Errors that a user can fix, which end a script with exit code 2, and the checks that find them early."""
 
 from __future__ import annotations
 
@@ -40,19 +37,30 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
     """A full disk, a folder without permission or too little memory, with a remedy; None for anything else."""
     text = printable(str(error).strip().partition("\n")[0])
     number = getattr(error, "errno", None)
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
-        remedy = "Close other programs, or lower --batch_size (in evaluation --batch_users)."
-        return UserError(f"out of memory: {text}", remedy)
     # safetensors and torch hide the number in their message, or say only that they could not write
     full = re.search(r"os error (28|122|27)\b|inline_container|iostream error", text)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or full:
-        remedy = "Free some space, or give --outputs elsewhere; what was finished is still there."
-        return UserError(f"the disk is full: {text}", remedy)
     refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
-    if number in refused or re.search(r"os error (13|1|30)\b", text):
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        problem, remedy = "out of memory", "Close other programs, or lower --batch_size (in evaluation --batch_users)."
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or full:
+        problem = "the disk is full"
+        remedy = "Free some space, or give --outputs elsewhere; what was finished is still there."
+    elif number in refused or re.search(r"os error (13|1|30)\b", text):
+        problem = "cannot read or write"
         remedy = "Mend its permissions, or give --outputs a folder that you may write to."
-        return UserError(f"cannot read or write: {text}", remedy)
-    return None
+    else:
+        return None
+    return UserError(f"{problem}: {text}", remedy)
+
+
+def failed_kernel(error: BaseException | None) -> str:
+    """What is wrong with a kernel that torch or Triton could not make or run on this card; empty for other errors."""
+    while error:
+        if type(error).__name__ in ("OutOfResources", "CompilationError", "InductorError", "BackendCompilerFailed"):
+            told = str(error).strip().partition("\n")[0]
+            return f"a kernel does not run on this card ({printable(told)})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 Check = tuple[str, str, str]  # what, what was found, how to fix it ("" where all is well)

@@ -56,13 +56,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,10 +69,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def only_run_in(folder: Path) -> Iterator[None]:
     """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
 
-    Some network file systems have no locks; there the run goes on without, and says so.
-
-    Raises:
-        UserError: another run holds it, or the system knows no locks.
+    UserError where another run holds it. Some network file systems have no locks; there the run says so and goes on.
     """
     if fcntl is None:
         raise UserError("this system has no file locks", "On Windows run it in WSL2.")
@@ -110,11 +105,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download one wheel from the package index with pip, install nothing, and check its sha256.
-
-    Raises:
-        UserError: pip cannot fetch it, or it is another file than expected.
-    """
+    """Download one wheel from the package index with pip, install nothing; UserError where its sha256 differs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
     if done.returncode:
@@ -123,6 +114,5 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         raise UserError(f"cannot fetch {requirement}: {last}", remedy)
     [wheel] = folder.glob("*.whl")
     if file_sha256(wheel) != sha256:
-        problem = f"{requirement} is not the file that was expected (sha256 differs)"
-        raise UserError(problem, "Check your package index.")
+        raise UserError(f"{requirement} is not the file that was expected (other sha256)", "Check your package index.")
     return wheel
