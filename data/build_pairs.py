@@ -65,10 +65,7 @@ def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """MovieLens as (ratings, films), from GroupLens' zip file or the folder that it unpacks to.
 
     `ratings.csv` and `movies.csv` (ml-latest, 25M, 32M), or `ratings.dat` and `movies.dat` (1M, 10M), in UTF-8 or, as
-    1M has it, latin-1.
-
-    Raises:
-        UserError: the files are not there, or not of that form.
+    1M has it, latin-1. UserError where they are not there, or not of that form.
     """
     try:
         if source.is_dir():
@@ -102,45 +99,34 @@ def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
 
 
 def download_ml_1m(folder: Path) -> Path:
-    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence.
-
-    Raises:
-        UserError: it cannot be fetched, or is not the file that was expected.
-    """
+    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence; UserError where that fails."""
     print(LICENCE)
-    path = folder / "ml-1m.zip"
+    path, remedy = folder / "ml-1m.zip", "Fetch it by other means and give --from."
     print(f"fetching {ML_1M_URL}", flush=True)
     try:
         urllib.request.urlretrieve(ML_1M_URL, path)
     except OSError as error:
-        raise UserError(f"cannot fetch {ML_1M_URL}: {error}", "Fetch it by other means and give --from.") from None
+        raise UserError(f"cannot fetch {ML_1M_URL}: {error}", remedy) from None
     if file_sha256(path) != ML_1M_SHA256:
-        problem = f"{ML_1M_URL} is not the file that was expected (sha256 differs)"
-        raise UserError(problem, "Fetch it by other means and give --from.")
+        raise UserError(f"{ML_1M_URL} is not the file that was expected (sha256 differs)", remedy)
     return path
 
 
 def build_pairs(
-    ratings: pd.DataFrame,
-    films: pd.DataFrame,
-    *,
-    min_rating: float = 0.0,
-    pairs_per_user: int = 1,
-    negatives: str = "random",
-    seed: int = 3407,
+    ratings: pd.DataFrame, films: pd.DataFrame, *, min_rating: float = 0.0, pairs_per_user: int = 1,
+    negatives: str = "random", seed: int = 3407,
 ) -> list[Pair]:
     """Pairs from ratings, users in the order of their ids.
 
-    Args:
-        ratings: columns user, film, rating, time.
-        films: columns film, title (ending in its year), genres (a list). Films of one title are one film.
-        min_rating: history and preferred films have at least this rating.
-        pairs_per_user: the 6th film is preferred in the first pair, the 7th in the second, and so on; all
-            of a user's pairs share the history, and so fall on one side of the split.
-        negatives: `random` draws the other film from all that the user never rated; `popularity` draws it
-            from those in the preferred film's decile of popularity. Popularity is how often a film stands in
-            a history or is preferred, and a decile holds a tenth of these places, not of the films: among the
-            most watched tenth of the films, popularity still varies by a factor of ten.
+    ratings: columns user, film, rating, time.
+    films: columns film, title (ending in its year), genres (a list). Films of one title are one film.
+    min_rating: history and preferred films have at least this rating.
+    pairs_per_user: the 6th film is preferred in the first pair, the 7th in the second, and so on; all of a user's pairs
+        share the history, and so fall on one side of the split.
+    negatives: `random` draws the other film from all that the user never rated; `popularity` draws it from those in the
+        preferred film's decile of popularity. Popularity is how often a film stands in a history or is preferred, and a
+        decile holds a tenth of these places, not of the films: among the most watched tenth of the films, popularity
+        still varies by a factor of ten.
     """
     movies = [Movie(row.title, tuple(row.genres)) for row in films.itertuples()]
     problems = [film_problem(movie) for movie in movies]
