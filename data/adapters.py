@@ -170,9 +170,6 @@ def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:
 
 
 def adapted_layers(folder: Path) -> set[str]:
-    """Names of the layers that a LoRA adapter changes, such as q_proj, from its weights.
-
-    Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 bits.
-    """
+    """Layers that a LoRA adapter changes, such as q_proj, from its weights: its configuration may hold a pattern."""
     names = [name.partition(".lora_")[0] for name in read_header(folder / WEIGHTS) if ".lora_" in name]
     return {name.rpartition(".")[2] for name in names}

@@ -128,17 +128,15 @@ def build_pairs(
         decile holds a tenth of these places, not of the films: among the most watched tenth of the films, popularity
         still varies by a factor of ten.
     """
-    movies = [Movie(row.title, tuple(row.genres)) for row in films.itertuples()]
-    problems = [film_problem(movie) for movie in movies]
-    if any(problems):
-        first = next(f"{movie.title!r}, since {why}" for movie, why in zip(movies, problems, strict=True) if why)
-        print(f"skipped {sum(map(bool, problems)):,} of {len(films):,} films, the first {first}", file=sys.stderr)
-    films = films[[not problem for problem in problems]]
-    films = films.assign(first=films.groupby("title")["film"].transform("min"))
-    same_film = dict(zip(films["film"], films["first"], strict=True))
+    movie = {row.film: Movie(row.title, tuple(row.genres)) for row in films.itertuples()}
+    problems = {film: why for film in movie if (why := film_problem(movie[film]))}
+    if problems:
+        film, why = next(iter(problems.items()))
+        first = f"{movie[film].title!r}, since {why}"
+        print(f"skipped {len(problems):,} of {len(films):,} films, the first {first}", file=sys.stderr)
+    films = films[~films["film"].isin(problems.keys())]
+    same_film = dict(zip(films["film"], films.groupby("title")["film"].transform("min"), strict=True))
     ratings = ratings[ratings["film"].isin(same_film.keys())].assign(film=lambda rows: rows["film"].map(same_film))
-    films = films.drop_duplicates("title").set_index("film")
-    movie = {film: Movie(row.title, tuple(row.genres)) for film, row in films.iterrows()}
 
     ratings = ratings.sort_values(["user", "time", "film"], kind="stable")
     liked = ratings[ratings["rating"] >= min_rating].drop_duplicates(["user", "film"])

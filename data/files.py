@@ -67,10 +67,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
-
-    UserError where another run holds it. Some network file systems have no locks; there the run says so and goes on.
-    """
+    """Make a folder and hold it against other runs, by a lock that dies with its process; UserError where one is."""
     if fcntl is None:
         raise UserError("this system has no file locks", "On Windows run it in WSL2.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +77,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             remedy = "Wait for it to end, or give --outputs another folder."
             raise UserError(f"another run is writing to {folder}", remedy) from None
-        except OSError as error:
+        except OSError as error:  # some network file systems have no locks
             print(f"{folder} cannot be locked ({error}): start no second run into it", file=sys.stderr)
         yield
 

@@ -117,20 +117,14 @@ def load_pairs(path: str | Path) -> list[Pair]:
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """Write a pairs file, whole or not at all, each pair in its own order.
-
-    PairsError where a pair would not be read back as it is, such as one whose title holds `. Option B: `.
-    """
+    """Write a pairs file, whole or not at all; PairsError where a pair would not be read back as it is."""
     lines = [_as_line(pair) for pair in pairs]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(path), "".join(lines))
 
 
 def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[str, str]) -> Pair:
-    """A pair of one's own, from titles with their year and, for each film, its (title, genres as `Action|Crime`).
-
-    PairsError says why a line of a pairs file could not hold it, such as a history of four films.
-    """
+    """A pair of one's own, from titles with their year and (title, genres as `Action|Crime`), or PairsError."""
 
     def film(title: str, genres: str) -> Movie:
         return Movie(title.strip(), tuple(genre.strip() for genre in genres.split("|")))
@@ -151,11 +145,7 @@ def film_problem(film: Movie) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
-    """Split into (train, test) by user: the same for the same file in every process and on every machine.
-
-    Users are ranked by their hash and the first ones, up to `test_share` of the pairs, are the test part. Both parts
-    keep the file's order; pairs of one user stay together.
-    """
+    """(train, test), both in the file's order: the first users by hash, up to `test_share` of the pairs, are tested."""
     size = Counter(pair.user_id for pair in pairs)
     users = sorted(size)
     taken = accumulate(size[user] for user in users)

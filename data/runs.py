@@ -96,10 +96,7 @@ def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha2
 
 
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make a stage's checkpoints folder ready for a run of this identity.
-
-    UserError where it holds an unfinished run of another identity, which `restart` would throw away.
-    """
+    """Make a checkpoints folder ready for a run; UserError where one of another identity is unfinished in it."""
     others = differing(read_json(folder / RUN), identity)
     for checkpoint in folder.glob("checkpoint-*") if others and restart else ():
         shutil.rmtree(checkpoint)

@@ -90,10 +90,7 @@ def placed_trees(
 
 
 def check_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> int:
-    """The longest row in tokens, end-of-text included.
-
-    UserError where a row is longer than max_length, or its prompt's tokens change when a response follows.
-    """
+    """The longest row in tokens, end-of-text included; UserError where it is too long or merges with its prompt."""
     longest = 0
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     if prompts[0][-1] == tokenizer.eos_token_id:
