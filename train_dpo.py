@@ -652,8 +652,8 @@ class Graphs:
                     lambda batch, *weights: self.states(model, batch), (row, *self.weights),
                     num_warmup_iters=0, pool=self.pool,
                 )
-        # What graphs read where it was, and a library may replace by a larger one: buffers, rotary embeddings (Unsloth
-        # keeps a list of them, one a GPU), and what Unsloth unpacks weights to
+        # What graphs read where it lay at their capture, and a library may replace by a larger one: buffers, rotary
+        # embeddings (Unsloth keeps a list of them, one a GPU), and what Unsloth unpacks weights to
         held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, list)]
         kernels = sys.modules.get("unsloth.kernels.utils")
         held += [getattr(kernels, name, []) for name in ("WEIGHT_BUFFERS", "ABSMAX_BUFFERS")]
