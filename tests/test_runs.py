@@ -24,6 +24,7 @@ from data.runs import (
     read_run,
     rows_in,
     rows_seen,
+    what_is_there,
 )
 
 
@@ -88,6 +89,18 @@ def test_what_a_run_has_seen_is_counted_with_its_start(tmp_path):
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter=str(sft))) == 150
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, pairs_seen=70, initial_adapter="gone")) == 70
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter="gone")) == 0, "it is not known"
+
+
+def test_an_adapter_is_asked_for_with_the_start_that_is_there_or_is_trained_first(tmp_path):
+    settings = vars(TrainingSettings())
+    about = {"data": {"pairs_sha256": "pairs"}, "initial_adapter_sha256": "start"}
+    dpo, sft = run_in(tmp_path / "dpo", stage="dpo", settings=settings, **about), tmp_path / "sft"
+    assert what_is_there(dpo, "dpo", settings, "pairs", sft).done
+    sft.mkdir()
+    (sft / WEIGHTS).write_bytes(b"trained again")
+    there = what_is_there(dpo, "dpo", settings, "pairs", sft)
+    assert not there.done and there.remedy and "adapter that it starts from 'start', not " in there.said
+    assert "is replaced" in what_is_there(dpo, "dpo", settings | {"restart": True}, "pairs", sft).said
 
 
 @pytest.mark.parametrize(("steps", "seen"), [(0, 0), (1, 4), (2, 8), (3, 10), (4, 14), (6, 20)])
