@@ -37,20 +37,19 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
     """A full disk, a folder without permission or too little memory, with a remedy; None for anything else."""
     text = printable(str(error).strip().partition("\n")[0])
     number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        remedy = "Close other programs, or lower --batch_size (in evaluation --batch_users)."
+        return UserError(f"out of memory: {text}", remedy)
     # safetensors and torch hide the number in their message, or say only that they could not write
     full = re.search(r"os error (28|122|27)\b|inline_container|iostream error", text)
-    refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
-        problem, remedy = "out of memory", "Close other programs, or lower --batch_size (in evaluation --batch_users)."
-    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or full:
-        problem = "the disk is full"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or full:
         remedy = "Free some space, or give --outputs elsewhere; what was finished is still there."
-    elif number in refused or re.search(r"os error (13|1|30)\b", text):
-        problem = "cannot read or write"
+        return UserError(f"the disk is full: {text}", remedy)
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
+    if number in refused or re.search(r"os error (13|1|30)\b", text):
         remedy = "Mend its permissions, or give --outputs a folder that you may write to."
-    else:
-        return None
-    return UserError(f"{problem}: {text}", remedy)
+        return UserError(f"cannot read or write: {text}", remedy)
+    return None
 
 
 def failed_kernel(error: BaseException | None) -> str:
