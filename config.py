@@ -228,7 +228,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     fields = kind.__dataclass_fields__
     nulls: list[str] = []
     if sum(argument.partition("=")[0] == "--adapters" for argument in arguments) > 1:
-        raise UserError("--adapters is given twice, and the first would be lost", "Give all after one --adapters.")
+        problem = "--adapters is given twice, and the first would be lost"
+        raise UserError(problem, "Give all of them after one --adapters.")
     switches = {f"--{name}" for name, setting in fields.items() if isinstance(setting.default, bool)}
     for index, argument in enumerate(arguments):
         before = arguments[index - 1] if index else ""

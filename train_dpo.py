@@ -40,7 +40,7 @@ import config
 from config import TrainingSettings
 from data import runs
 from data.adapters import starting_point
-from data.bases import ANOTHER, HUB_NAMES
+from data.bases import HUB_NAMES
 from data.errors import Check, UserError, failed_kernel, print_checks, printable, refuse
 from data.figures import draw_losses
 from data.files import file_sha256, only_run_in, read_json, seal, whole_folder, write_json
@@ -703,7 +703,8 @@ def check_isolation(trainer: Any, stage: str, bits: int) -> None:
     most = (0.2 if bits == 8 else 0.02) * changes.pop(earliest)
     if not max(changes, default=0.0) <= most:
         told = f"its log-probabilities change by up to {max(changes):.3f} nats with them"
-        raise UserError(f"{stage}: in this model a response sees the responses beside it: {told}", ANOTHER)
+        remedy = "Give --base_model another model: the evaluation could not score this one either."
+        raise UserError(f"{stage}: in this model a response sees the responses beside it: {told}", remedy)
 
 
 def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | None) -> None:

@@ -36,6 +36,7 @@ ML_100K_MEMBERS = "recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/data
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_SHA256 = "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"
 SOURCES = ["ml-100k", "ml-1m", "ml-10m", "ml-25m", "ml-32m", "ml-latest"]
+RATINGS = {"user": int, "film": int, "rating": float, "time": float}  # columns
 FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat")
 LICENCE = """\
 MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
@@ -54,11 +55,11 @@ def read_ml_100k() -> tuple[pd.DataFrame, pd.DataFrame]:
                 pd.read_csv(io.BytesIO(archive.read(member)), sep="\t", keep_default_na=False, quoting=3, dtype=str)
                 for member in ML_100K_MEMBERS
             )
-    ratings.columns = ["user", "film", "rating", "time"]
+    ratings.columns = list(RATINGS)
     films.columns = ["film", "title", "year", "genres"]
     films = films[films["year"].str.fullmatch(r"\d{4}")]  # one film of the file is "unknown", without a year
     films = films.assign(title=films["title"] + " (" + films["year"] + ")", genres=films["genres"].str.split(" "))
-    return _numbers(ratings), films[["film", "title", "genres"]].astype({"film": int})
+    return ratings.astype(RATINGS), films[["film", "title", "genres"]].astype({"film": int})
 
 
 def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -79,9 +80,9 @@ def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             ratings, films = (pd.read_csv(io.BytesIO(files[name]), **form) for name in FILES[:2])
         else:
             ratings, films = (pd.DataFrame([line.split("::") for line in _lines(files[name])]) for name in FILES[2:])
-        ratings.columns, films.columns = ["user", "film", "rating", "time"], ["film", "title", "genres"]
+        ratings.columns, films.columns = list(RATINGS), ["film", "title", "genres"]
         films = films.assign(title=films["title"].str.strip(), genres=films["genres"].str.split("|"))
-        return _numbers(ratings), films.astype({"film": int})
+        return ratings.astype(RATINGS), films.astype({"film": int})
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         remedy = f"Give --from a folder or zip file with {' and '.join(FILES[:2])}, or {' and '.join(FILES[2:])}."
         raise UserError(f"no MovieLens at {source}: {error}", remedy) from None
@@ -92,10 +93,6 @@ def _lines(content: bytes) -> list[str]:
         return content.decode("utf-8").splitlines()
     except UnicodeDecodeError:
         return content.decode("latin-1").splitlines()
-
-
-def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
-    return ratings.astype({"user": int, "film": int, "rating": float, "time": float})
 
 
 def download_ml_1m(folder: Path) -> Path:

@@ -111,5 +111,6 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         raise UserError(f"cannot fetch {requirement}: {last}", remedy)
     [wheel] = folder.glob("*.whl")
     if file_sha256(wheel) != sha256:
-        raise UserError(f"{requirement} is not the file that was expected (other sha256)", "Check your package index.")
+        problem = f"{requirement} is not the file that was expected (sha256 differs)"
+        raise UserError(problem, "Check your package index.")
     return wheel
