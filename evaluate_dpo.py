@@ -18,16 +18,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-
-if TYPE_CHECKING:
-    import torch
+import torch
+from tqdm.auto import tqdm
 
 import config
 from config import EvaluationSettings
+from data import runs
 from data.adapters import adapter_mismatch, adapter_problem
 from data.baselines import BASELINES, film_counts
 from data.bases import ANOTHER, original_name
@@ -48,19 +48,7 @@ from data.predictions import (
     read_predictions,
 )
 from data.report import emphasised, latex, report, summary, write_card
-from data.runs import (
-    RUN,
-    WEIGHTS,
-    Adapters,
-    Lineage,
-    lineage,
-    model_of,
-    notes_of,
-    notes_on,
-    of_another_stage,
-    read_run,
-    settings_of,
-)
+from data.runs import RUN, STAGES, WEIGHTS, Adapters, Lineage, lineage, model_of, notes_of, read_run, settings_of
 from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import change_text, judge
@@ -121,12 +109,9 @@ def write_cards(
 
 
 def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
-    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder.
+    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder."""
 
-    What lies beside a predictions.csv may be somebody else's: what has another form is left out.
-    """
-
-    def is_known(arm: str, found: Any) -> bool:
+    def is_known(arm: str, found: Any) -> bool:  # what lies beside a predictions.csv may be somebody else's
         numbers = isinstance(found, dict) and all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)
         return numbers and bool(ARM_NAME.fullmatch(arm))
 
@@ -156,22 +141,19 @@ def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None =
 
 
 def run_record(
-    settings: EvaluationSettings,
-    train: list[Pair],
-    test: list[Pair],
-    adapters: Adapters,
-    mismatches: list[str],
+    settings: EvaluationSettings, train: list[Pair], test: list[Pair], adapters: Adapters, mismatches: list[str],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """What run.json says of an evaluation."""
-    listed = adapters.values()
     return {
         "settings": dataclasses.asdict(settings),
         "data": {"pairs_sha256": file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
         "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
-        "adapters_sha256": {str(path): file_sha256(path / WEIGHTS) for runs in listed for path in runs.values()},
+        "adapters_sha256": {
+            str(path): file_sha256(path / WEIGHTS) for folders in adapters.values() for path in folders.values()
+        },
         "mismatches": mismatches,
-        "notes": warnings_on(train, test) + notes_on(adapters, settings.bits),
+        "notes": warnings_on(train, test) + runs.notes_on(adapters, settings.bits),
         "processes": config.PROCESSES,
         "seconds": seconds,
         **config.environment_facts(),
@@ -182,29 +164,26 @@ def run_record(
 
 # --------------------------------------------------------------------------------------------------- adapters
 
-
 def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[Adapters, list[str]]:
     """(adapters by arm and seed, mismatches that were allowed); each adapter is there.
 
     The arms sft, sft_more and dpo are where training writes them, all their runs, unless they are given. The control
-    may lack, and beside other arms alone all may.
-
-    Raises:
-        UserError: an adapter is missing or, unless mismatches are allowed, does not fit the base model or the split.
+    may lack, and beside other arms alone all may. UserError where an adapter is missing, or does not fit the base model
+    or, unless that is allowed, the split.
     """
     if len(test) < 2:
         problem = f"{len(test)} test users are too few for an interval"
         raise UserError(problem, "Give more pairs, or raise --test_share.")
     texts, given = settings.adapters, {}
     if texts == ["published"]:
-        texts = [f"{arm}={config.PUBLISHED / arm}" for arm in ("sft", "sft_more", "dpo")]
+        texts = [f"{arm}={config.PUBLISHED / arm}" for arm in STAGES]
     for text in texts:
         name, _, paths = text.partition("=")
         if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
             raise UserError(f"--adapters {text}", remedy)
         given[name] = [Path(path) for path in paths.split(",")]
-    found = {stage: config.adapters_there(settings, stage) for stage in ("sft", "sft_more", "dpo")}
+    found = {stage: config.adapters_there(settings, stage) for stage in STAGES}
     needed = () if given and not found.keys() & given.keys() else ("sft", "dpo")
     usual = {stage: there or [config.adapter_folder(settings, stage)] for stage, there in found.items()}
     arms = {stage: folders for stage, folders in usual.items() if found[stage] or stage in needed} | given
@@ -222,7 +201,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         run, seeds = read_run(folder), adapters.setdefault(arm, {})
         if problem := adapter_problem(folder, base):
             raise UserError(problem, f"Give --adapters {arm}=FOLDER with a LoRA adapter of {settings.base_model}.")
-        problem = adapter_mismatch(folder, base, digest) or of_another_stage(folder, arm)
+        problem = adapter_mismatch(folder, base, digest) or runs.of_another_stage(folder, arm)
         if problem and not settings.allow_mismatch:
             remedy = "Give the settings that it was trained with, or --allow_mismatch true to go on and report it."
             raise UserError(problem, remedy)
@@ -250,21 +229,18 @@ def load_adapter(model: Any, name: str, folder: Path) -> Any:
         model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     config.check_loaded(model, name, folder)
     model.set_adapter(name)
-    config.keep_from_repacking(model)
     return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------- scores
-
 
 def predict(
     settings: EvaluationSettings, train: Sequence[Pair], test: Sequence[Pair], adapters: Adapters
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, float]]:
     """Score every held-out pair in both orders under all arms.
 
-    Returns:
-        Rows of predictions.csv (one per arm, seed, user, order and history), rows of generations.csv (one per answer;
-        None where none were asked for), and seconds by part.
+    Returns rows of predictions.csv (one per arm, seed, user, order and history), rows of generations.csv (one per
+    answer; None where none were asked for), and seconds by part.
     """
     if config.PROCESSES > 1:
         config.join_processes()
@@ -273,9 +249,8 @@ def predict(
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
     asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
-    runs: list[tuple[str, str, Path | None]] = [("base", "", None)]
-    for arm, seeds in adapters.items():
-        runs += [(arm, seed, folder) for seed, folder in seeds.items()]
+    scored: list[tuple[str, str, Path | None]] = [("base", "", None)]
+    scored += [(arm, seed, folder) for arm, seeds in adapters.items() for seed, folder in seeds.items()]
     seconds: dict[str, float] = {}
     for precision in precisions(settings):
         first = precision.bits == settings.bits
@@ -286,7 +261,7 @@ def predict(
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
-        for arm, seed, path in runs:
+        for arm, seed, path in scored:
             if path is not None:
                 model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), path)
             arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()
@@ -318,8 +293,6 @@ def precisions(settings: EvaluationSettings) -> list[EvaluationSettings]:
 
 def scoring_dtype(fast: bool) -> torch.dtype:
     """float32; fast on a GPU lets it use TensorFloat-32 in matrix products, on a CPU it is bfloat16 where native."""
-    import torch
-
     if fast and config.cuda_present():
         torch.set_float32_matmul_precision("high")
     return config.training_dtype() if fast and not config.cuda_present() else torch.float32
@@ -339,16 +312,12 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
     The decision margin is log p(preferred's letter) - log p(other's letter) after the stem; a response's log p is
     of all that follows the stem, which both responses begin with, from the letter on.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     began = time.monotonic()
     scores = np.zeros((3, len(trees), 2))
     by_length = sorted(range(len(trees)), key=lambda user: len(trees[user].tokens))
     batches = [by_length[start : start + batch_users] for start in range(0, len(trees), batch_users)]
     mine = batches[config.RANK :: config.PROCESSES]  # under `accelerate launch` the GPUs share them
-    about = {"desc": f"scoring {description}", "unit": "batch", "leave": False}
-    for users in tqdm(mine, **about, disable=config.RANK != 0):
+    for users in tqdm(mine, f"scoring {description}", unit="batch", leave=False, disable=config.RANK != 0):
         with torch.inference_mode():
             for user, log_probs in zip(users, tree_log_probs(model, [trees[user] for user in users]), strict=True):
                 scores[:, user] = tree_scores(trees[user], log_probs)
@@ -365,8 +334,6 @@ def check_scores(model: Any, tokenizer: Any, pair: Pair, exact: bool) -> None:
 
     They differ where a model does not mix tokens by attention alone, or cuts or scales what it attends to.
     """
-    import torch
-
     tree = pair_tree(pair, tokenizer)
     with torch.inference_mode():
         [found] = tree_log_probs(model, [tree])
@@ -389,12 +356,7 @@ def tree_scores(tree: Tree, log_probs: np.ndarray) -> np.ndarray:
 
 
 def tree_log_probs(model: Any, trees: Sequence[Tree]) -> Iterator[np.ndarray]:
-    """For each tree, log p of every response token given the path that leads to it, (n,); 0 elsewhere.
-
-    Logits are made only where a response token is predicted.
-    """
-    import torch
-
+    """For each tree, log p of every response token given the path that leads to it, (n,); 0 elsewhere."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     device = base.get_input_embeddings().weight.device
     batch = {name: torch.from_numpy(values).to(device) for name, values in pad_trees(trees).items()}
@@ -416,9 +378,6 @@ def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], samples: int | None, seed: int, description: str
 ) -> list[list[str]]:
     """Answers to each prompt, [prompt][sample], at temperature 0.7 and top-p 0.95; samples None: one greedy answer."""
-    import torch
-    from tqdm.auto import tqdm
-
     torch.manual_seed(seed)
     answers: list[list[str]] = []
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": None}
@@ -427,7 +386,7 @@ def generate_answers(
     samples = samples or 1
     step = max(1, (256 if config.cuda_present() else 64) // samples)
     starts = range(0, len(prompts), step)
-    for start in tqdm(starts, desc=f"generating {description}", unit="batch", leave=False, disable=len(starts) == 1):
+    for start in tqdm(starts, f"generating {description}", unit="batch", leave=False, disable=len(starts) == 1):
         part = prompts[start : start + step]
         text = tokenizer(part, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -439,7 +398,6 @@ def generate_answers(
 
 
 # ------------------------------------------------------------------------------- for the notebook: arms at hand
-
 
 @dataclasses.dataclass(frozen=True)
 class Arms:
@@ -460,15 +418,11 @@ class Arms:
 
 
 def load_arms(settings: EvaluationSettings, test: Sequence[Pair]) -> Arms:
-    """The base model, once, with the first adapter of each of the arms sft, sft_more and dpo.
-
-    Raises:
-        UserError: as find_adapters.
-    """
+    """The base model, once, with the first adapter of each of the arms sft, sft_more and dpo."""
     adapters, mismatches = find_adapters(settings, test)
     print("".join(f"mismatch: {mismatch}\n" for mismatch in mismatches), end="")
     model, tokenizer = config.load_model(settings, scoring_dtype(settings.fast))
-    names = [arm for arm in ("sft", "sft_more", "dpo") if arm in adapters]
+    names = [arm for arm in STAGES if arm in adapters]
     for arm in names:
         model = load_adapter(model, arm, next(iter(adapters[arm].values())))
     return Arms(model, tokenizer, ("base", *names))
@@ -486,12 +440,7 @@ def predict_with(arms: Arms, train: Sequence[Pair], test: Sequence[Pair], batch_
 
 
 def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
-    """What every arm makes of one pair: rows of `choices`, first without answers, then again after each arm's.
-
-    An answer is what greedy decoding writes after the prompt of its order; it takes much longer than the choice.
-    """
-    import torch
-
+    """What every arm makes of one pair: rows of `choices`, first without answers, then again after each arm's."""
     tree = pair_tree(pair, arms.tokenizer)
     prompts = [preference_row(pair, order)["prompt"] for order in ORDERS]
     parts = []
@@ -508,13 +457,13 @@ def side_by_side(arms: Arms, pair: Pair) -> Iterator[pd.DataFrame]:
         yield rows
 
 
-def settings_of_results(folder: Path, runs: dict[str, dict[str, Any]], outputs: str) -> EvaluationSettings:
+def settings_of_results(folder: Path, training: dict[str, dict[str, Any]], outputs: str) -> EvaluationSettings:
     """The settings that results were made with, from run.json or a training run; else the preset of this machine.
 
     outputs: where adapters lie on this machine. A pairs file that lay elsewhere is looked for in data/.
     """
     here = {"preset": "thesis" if config.cuda_present() else "small"}
-    saved = next(filter(None, map(settings_of, (read_run(folder), *runs.values()))), here)
+    saved = next(filter(None, map(settings_of, (read_run(folder), *training.values()))), here)
     names = {field.name for field in dataclasses.fields(EvaluationSettings)} - {"preset", "outputs"}
     known = {name: saved[name] for name in names & saved.keys()}
     settings = config.preset_settings(EvaluationSettings, saved["preset"], outputs=outputs, **known)

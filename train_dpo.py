@@ -4,18 +4,16 @@
     python train_dpo.py --seeds 3          # three runs of each
     python train_dpo.py --check            # look at everything, train nothing
     python train_dpo.py --stage dpo --init base --beta 0.2
-    python train_dpo.py --help             # all settings
 
 Pairs -> preference rows -> SFT on the chosen responses -> as many steps of either more SFT or DPO on chosen against
-rejected -> adapter folders, each with `run.json` (settings, data, versions, log), `loss.png` and a model card. What is
-there with the same settings is not trained again.
+rejected -> adapter folders with `run.json`, `loss.png` and a model card. What is there with the same settings is not
+trained again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import io
 import json
@@ -33,30 +31,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 import config
 from config import TrainingSettings
-from data.adapters import adapter_mismatch, adapter_problem, unlike_plain_lora
-from data.bases import HUB_NAMES, Base
-from data.errors import Check, UserError, print_checks, printable, refuse
+from data import runs
+from data.adapters import starting_point
+from data.bases import HUB_NAMES
+from data.errors import Check, UserError, failed_kernel, print_checks, printable, refuse
 from data.figures import draw_losses
 from data.files import file_sha256, only_run_in, read_json, seal, whole_folder, write_json
 from data.machine import PACKAGES, peak_process_memory, unmet_requirements
 from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows, warnings_on
 from data.report import write_card
-from data.runs import (
-    OF_START,
-    RUN,
-    WEIGHTS,
-    last_whole_checkpoint,
-    prepare_checkpoints,
-    rows_seen,
-    trained_on,
-    trained_settings,
-    what_is_there,
-)
+from data.runs import RUN, WEIGHTS
 from data.tokens import check_tokenized, check_tokens, labels_of, longest_in_tokens, pair_tree, placed_trees, tree_of
 from data.trees import ancestor_mask, row_lengths
 
@@ -94,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refuse(checks)
 
     # SFT, its control and DPO: the adapters of each run
-    for run in planned_runs(settings):
-        there = what_is_there(run.folder, run.stage, asked_of(run, data), settings.restart)
+    for run in config.planned_runs(settings):
+        there = run.found(split["pairs_sha256"])
         refuse([(run.stage, there.said, there.remedy)])  # its start may have been trained since the checks
         if there.done:
             print(f"{run.stage}: {there.said}", flush=True)
@@ -104,36 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_stage(run.stage, run.settings, data._replace(rows=drawn), run.start)
     if config.RANK == 0:
         print(f"\nnext: {next_command(settings)}", flush=True)
-
-
-# ------------------------------------------------------------------------------- runs that are asked for
-
-
-class Run(NamedTuple):
-    """One training of a stage with the seed in its settings, from the adapter in `start`, or from the base model."""
-
-    stage: str
-    settings: TrainingSettings
-    start: Path | None
-
-    @property
-    def folder(self) -> Path:
-        return config.adapter_folder(self.settings, self.stage)
-
-
-def planned_runs(settings: TrainingSettings) -> list[Run]:
-    """The runs that these settings ask for, in the order of training; runs after the first in folders of their own."""
-    stages = ["sft", "sft_more", "dpo"] if settings.stage == "all" else [settings.stage]
-    skipped = set() if settings.stage != "all" else {"sft"} if settings.sft_adapter else set()
-    skipped |= {"sft_more"} if settings.stage == "all" and not settings.control else set()
-    runs = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        place = settings.outputs if seed == settings.seed else str(Path(settings.outputs) / f"seed{seed}")
-        own = dataclasses.replace(settings, seed=seed, outputs=place)
-        sft = Path(settings.sft_adapter or config.adapter_folder(own, "sft"))
-        start = sft if settings.init == "sft" else None
-        runs += [Run(stage, own, None if stage == "sft" else start) for stage in stages if stage not in skipped]
-    return runs
 
 
 def next_command(settings: TrainingSettings) -> str:
@@ -150,27 +112,25 @@ def next_command(settings: TrainingSettings) -> str:
     return shlex.join([*words, *(["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else [])])
 
 
-def asked_of(run: Run, data: Data) -> dict[str, Any]:
-    """All that decides what a run trains, whatever the machine; its start is left out where it is trained first."""
-    start = file_sha256(run.start / WEIGHTS) if run.start and (run.start / WEIGHTS).is_file() else None
-    asked = trained_settings(run.stage, vars(run.settings)) | trained_on(data.split["pairs_sha256"], start)
-    return {name: value for name, value in asked.items() if value or not run.start or name != OF_START}
-
-
 # ------------------------------------------------------------------------------------------ a stage, whole
-
 
 def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path | None = None) -> None:
     """Train one stage (`sft`, `sft_more` or `dpo`) from an adapter or the base model, and write its adapter folder."""
+    from accelerate.utils import release_memory
+
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     kind = "shared" if shares_prompt(settings) else "stock"
     origin = f"the adapter {start}" if start else "the base model"
     model = f"{settings.bits}-bit {settings.base_model}"
     print(f"{stage}: {len(data.rows):,} rows from {origin}, {model}, {kind} trainer", flush=True)
+    start_sha256 = file_sha256(start / WEIGHTS) if start else None
+    how = {"backend": config.backend_of(settings), "processes": config.PROCESSES}
+    identity = runs.decisive(stage, vars(settings), data.split["pairs_sha256"], start_sha256) | how
+    identity |= {"compute dtype": str(config.training_dtype())}
     with only_run_in(checkpoints) if config.RANK == 0 else contextlib.nullcontext():
         if config.RANK == 0:
-            prepare_checkpoints(checkpoints, run_identity(stage, settings, data, start), settings.restart)
+            runs.prepare_checkpoints(checkpoints, identity, settings.restart)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a final save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         trainer, fitted = train_within_memory(stage, settings, data, start)
@@ -181,23 +141,19 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         losses = [entry["loss"] for entry in history if "loss" in entry]
         seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
-        seen = pairs_seen(steps, len(data.rows), settings.effective_batch)
-        before = rows_seen(start) if start else 0
+        seen = runs.rows_in(steps, len(data.rows), settings.effective_batch)
+        before = runs.rows_seen(start) if start else 0
         run = {
             "stage": stage, "settings": dataclasses.asdict(settings),
-            "initial_adapter": str(start) if start else None,
-            "initial_adapter_sha256": file_sha256(start / WEIGHTS) if start else None,
+            "initial_adapter": str(start) if start else None, "initial_adapter_sha256": start_sha256,
             "initial_adapter_known": (start / RUN).is_file() if start else None,  # else it may have seen test pairs
-            "data": data.split, "rows": len(data.rows), "steps": steps, "trainer": kind,
+            "data": data.split, "rows": len(data.rows), "steps": steps,
             **fitted,  # after a resumption, seconds and memory are those since then
             "rows_seen": seen, "pairs_seen": seen + before if before or not start else None,  # its start's included
             "first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1),
             "rows_per_second": round(settings.effective_batch / statistics.median(gaps), 3) if len(gaps) else None,
-            "wall_seconds": round(time.monotonic() - began, 1),
-            "processes": config.PROCESSES, "peak_memory_gb": round(peak_memory(), 2),
-            "backend": config.backend_of(settings), "vocabulary": len(trainer.processing_class),
-            **config.environment_facts(),
-            "log_history": history,
+            "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_gb": round(peak_memory(), 2),
+            "vocabulary": len(trainer.processing_class), **how, **config.environment_facts(), "log_history": history,
         }
         save_adapter(trainer, folder, settings, run)
         if config.RANK == 0:
@@ -205,19 +161,17 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     took = f"in {steps} steps, {run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB"
     print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took} -> {folder}", flush=True)
     del trainer
-    free_memory()
+    release_memory()
 
 
-def train_within_memory(
-    stage: str, settings: TrainingSettings, data: Data, start: Path | None
-) -> tuple[Any, dict[str, Any]]:
+def train_within_memory(stage: str, settings: TrainingSettings, data: Data, start: Path | None) -> tuple[Any, dict]:
     """(trained trainer, what run.json says of how it fitted).
 
     Out of memory, the stage starts again, or goes on from its last checkpoint, with gradient checkpointing, then with
     half the micro-batch; and with the stock trainer where a kernel of the shared one fails on this card. Effective
     batch, seed and starting weights stay: what is trained does not depend on it.
     """
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object, release_memory
     from transformers import set_seed
 
     if config.cuda_present():
@@ -243,13 +197,14 @@ def train_within_memory(
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
                 trainer = build_trainer(stage, settings, data, start, batch_size)
                 trainer.accelerator.wait_for_everyone()  # the first process may have thrown checkpoints away
-                checkpoint = last_whole_checkpoint(config.checkpoints_folder(settings, stage))
+                checkpoint = runs.last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
-            fitted = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
-            fitted |= {"trainer": "shared" if shares_prompt(settings) else "stock"}
-            resumed = checkpoint and int(checkpoint.name.rpartition("-")[2])
-            captured = len(found.captured) if (found := graphs_of(trainer)) else 0
-            return trainer, fitted | {"cuda_graphs": captured, "resumed_from_step": resumed}
+            return trainer, {
+                "batch_size": batch_size, "gradient_checkpointing": checkpointing,
+                "trainer": "shared" if shares_prompt(settings) else "stock",
+                "cuda_graphs": len(found.captured) if (found := graphs_of(trainer)) else 0,
+                "resumed_from_step": checkpoint and int(checkpoint.name.rpartition("-")[2]),
+            }
         except torch.OutOfMemoryError:
             trainer = problem = None  # goes on below, where nothing holds on to the tensors
         except Exception as error:
@@ -257,7 +212,7 @@ def train_within_memory(
             if not problem or not shares_prompt(settings):
                 raise
             trainer = None
-        free_memory()
+        release_memory()
         if problem:
             print(f"{stage}: {problem}; starting again with the stock trainer", file=sys.stderr, flush=True)
             settings, graphs = dataclasses.replace(settings, trainer="stock"), False
@@ -275,28 +230,6 @@ def train_within_memory(
             batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
             less = f"with micro-batches of {batch_size}, {share // batch_size} to a step"
         print(f"{stage}: out of memory; starting again {less}", flush=True)
-
-
-def pairs_seen(steps: int, rows: int, batch: int) -> int:
-    """Rows seen in so many steps of `batch` rows; the last step of a pass over the rows has what is left of them."""
-    passes, rest = divmod(steps, math.ceil(rows / batch))
-    return passes * rows + rest * batch
-
-
-def failed_kernel(error: BaseException | None) -> str:
-    """What is wrong with a kernel that torch or Triton could not make or run on this card; empty for other errors."""
-    while error:
-        if type(error).__name__ in ("OutOfResources", "CompilationError", "InductorError", "BackendCompilerFailed"):
-            told = str(error).strip().partition("\n")[0]
-            return f"a kernel does not run on this card ({printable(told)})"
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def peak_memory() -> float:
@@ -324,26 +257,9 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
     trainer.accelerator.wait_for_everyone()
 
 
-# ---------------------------------------------------------------------------- unfinished runs, and going on
-
-
-def run_identity(stage: str, settings: TrainingSettings, data: Data, start: Path | None) -> dict[str, Any]:
-    """All that decides what a stage trains: a run goes on from the checkpoints of one for which it is equal."""
-    start_sha256 = file_sha256(start / WEIGHTS) if start else None
-    return trained_settings(stage, vars(settings)) | trained_on(data.split["pairs_sha256"], start_sha256) | {
-        "backend": config.backend_of(settings),
-        "compute dtype": str(config.training_dtype()),
-        "processes": config.PROCESSES,
-    }
-
-
 def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
-    """Train from the start, or go on from a checkpoint: weights, optimiser, schedule, random state, order of the rows.
-
-    Stopped from outside, it finishes and saves the step, and raises KeyboardInterrupt.
-    """
+    """Train from the start or go on from a checkpoint; stopped from outside, save the step, raise KeyboardInterrupt."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
     from transformers import TrainerCallback
 
     class AllTrained(Exception):
@@ -397,10 +313,7 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
 
 # -------------------------------------------------------------------------------------------- the trainer
 
-
-def build_trainer(
-    stage: str, settings: TrainingSettings, data: Data, start: Path | None = None, batch_size: int = 1
-) -> Any:
+def build_trainer(stage: str, settings: TrainingSettings, data: Data, start: Path | None = None, batch_size: int = 1):
     """TRL's trainer for one stage, on a freshly loaded base model.
 
     The reference of DPO is the policy that it starts from: the base model with the adapter off, or a frozen copy of the
@@ -451,9 +364,12 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
     from trl import DPOConfig, SFTConfig
 
     bfloat16, watched = config.training_dtype() == torch.bfloat16, bool(settings.validation_pairs)
+    epochs = settings.sft_epochs if stage == "sft" else settings.epochs
+    rate = runs.learning_rate({"stage": stage, "settings": vars(settings)})
     shared = {
         "output_dir": str(config.checkpoints_folder(settings, stage)), "report_to": settings.report_to,
-        "seed": settings.seed, "data_seed": settings.seed, "max_steps": settings.max_steps,
+        "seed": settings.seed, "data_seed": settings.seed,
+        "num_train_epochs": epochs, "max_steps": settings.max_steps, "learning_rate": rate,
         "max_length": settings.max_length,  # run_checks has seen that every row fits: none is cut, none dropped
         "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": settings.effective_batch // config.PROCESSES // batch_size,
@@ -469,17 +385,12 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         "logging_steps": settings.logging_steps, "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would hide them from training_health, and wait for each step's loss
     }
-    if stage != "dpo":
-        epochs, rate = settings.sft_epochs, settings.sft_learning_rate
-        if stage == "sft_more":
-            epochs, rate = settings.epochs, settings.control_learning_rate or rate
-        shared |= {"num_train_epochs": epochs, "learning_rate": rate}
-        made = SFTConfig(**shared, completion_only_loss=True, packing=False, padding_free=False)
-    else:
-        shared |= {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate, "beta": settings.beta}
+    if stage == "dpo":
         losses = settings.loss_type.split("+")
         shared |= {"loss_type": losses, "loss_weights": [1.0, settings.sft_weight][: len(losses)]}
-        made = DPOConfig(**shared, disable_dropout=True, precompute_ref_log_probs=False)
+        made = DPOConfig(**shared, beta=settings.beta, disable_dropout=True, precompute_ref_log_probs=False)
+    else:
+        made = SFTConfig(**shared, completion_only_loss=True, packing=False, padding_free=False)
     made.mixed_precision = "bf16" if made.bf16 else "no"  # whatever an accelerate configuration asks for
     made._n_gpu = min(made.n_gpu, 1)  # without a launcher a second GPU would get rows of its own: another batch
     return made
@@ -565,9 +476,11 @@ def training_health(stage: str, tolerance: float = 1e-3) -> Any:
 
 def progress_bar(stage: str) -> Any:
     """transformers' progress bar, with the loss beside the time left instead of a printed line a step."""
-    from transformers import ProgressCallback
+    from transformers import ProgressCallback, TrainerCallback
 
     class Progress(ProgressCallback):
+        on_prediction_step = TrainerCallback.on_prediction_step  # a second bar would hide the first
+
         def on_train_begin(self, args, state, control, **kwargs):
             super().on_train_begin(args, state, control, **kwargs)
             if self.training_bar is not None:
@@ -579,9 +492,6 @@ def progress_bar(stage: str) -> Any:
             if self.training_bar is not None and values:
                 self.training_bar.set_postfix(values)
 
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-            pass  # a second bar would hide the first
-
     return Progress()
 
 
@@ -589,8 +499,6 @@ def progress_bar(stage: str) -> Any:
 
 HEAD_CHUNK = {"cuda": 32_768, "cpu": 4_096}  # words whose logits are made at once; fewer stay in a CPU's cache
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # hidden states are made of them
-NODES_MULTIPLE = 64  # in bfloat16 log-probabilities depend on the padded length: few lengths, and the reference's fit
-LOOKED_AT = 1_000  # training rows, to choose the lengths by
 
 
 def shares_prompt(settings: TrainingSettings) -> bool:
@@ -626,7 +534,7 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
                 self.data_collator = lambda rows: {"labels": torch.from_numpy(labels_of(rows))}
                 self._signature_columns = ["input_ids", "labels", "completion_mask"]
             rows, size, stock = self.train_dataset, self.args.per_device_train_batch_size, self.data_collator
-            some = range(0, len(rows), -(-len(rows) // LOOKED_AT))
+            some = range(0, len(rows), -(-len(rows) // 1_000))  # to choose the lengths by
             lengths = row_lengths([tree_of(rows[index]) for index in some], size) if in_row else []
             self.data_collator = lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
             states = flat_hidden_states if in_row else tree_hidden_states
@@ -682,11 +590,10 @@ def shorten_walks(model: Any) -> None:
     model.zero_grad = zero_grad
 
 
-def tree_batch(
-    examples: Sequence[dict[str, Any]], batch: dict[str, Any], in_row: bool, lengths: Sequence[int] = ()
-) -> dict[str, Any]:
+def tree_batch(examples: Sequence[dict], batch: dict, in_row: bool, lengths: Sequence[int] = ()) -> dict[str, Any]:
     """TRL's batch, and in it what `placed_trees` gives, as `tree_...`: all indices, so that a GPU waits for none."""
-    made = placed_trees(examples, NODES_MULTIPLE, in_row, lengths)
+    # In bfloat16 log-probabilities depend on the padded length: multiples of 64 are few, and fit the reference's
+    made = placed_trees(examples, 64, in_row, lengths)
     return batch | {f"tree_{name}": torch.from_numpy(values) for name, values in made.items()}
 
 
@@ -759,24 +666,16 @@ class Graphs:
             del hidden
             for length, row in rows.items():
                 self.captured[length] = torch.cuda.make_graphed_callables(
-                    lambda batch, *weights: self.states(model, batch),
-                    (row, *self.weights),
-                    num_warmup_iters=0,
-                    pool=self.pool,
+                    lambda batch, *weights: self.states(model, batch), (row, *self.weights),
+                    num_warmup_iters=0, pool=self.pool,
                 )
-        self.kept = read_by_graphs(model)
-
-
-def read_by_graphs(model: Any) -> list[Any]:
-    """What graphs read where it was at their capture, and what a library may replace by a larger one later on.
-
-    Those are a model's buffers and rotary embeddings (Unsloth keeps a list of them, one a GPU), and what Unsloth
-    unpacks weights to. Weights stay with the model, and the rest is of the graphs' own memory.
-    """
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, list)]
-    kernels = sys.modules.get("unsloth.kernels.utils")
-    held += [getattr(kernels, name, []) for name in ("WEIGHT_BUFFERS", "ABSMAX_BUFFERS")]
-    return [*model.buffers(), *(value for values in held for value in values if isinstance(value, torch.Tensor))]
+        # What graphs read where it lay at their capture, and a library may replace by a larger one: buffers, rotary
+        # embeddings (Unsloth keeps a list of them, one a GPU), and what Unsloth unpacks weights to
+        held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, list)]
+        kernels = sys.modules.get("unsloth.kernels.utils")
+        held += [getattr(kernels, name, []) for name in ("WEIGHT_BUFFERS", "ABSMAX_BUFFERS")]
+        tensors = [value for values in held for value in values if isinstance(value, torch.Tensor)]
+        self.kept = [*model.buffers(), *tensors]
 
 
 def graphs_of(trainer: Any) -> Graphs | None:
@@ -784,10 +683,10 @@ def graphs_of(trainer: Any) -> Graphs | None:
     return states if isinstance(states, Graphs) else None
 
 
-def first_inputs(trainer: Any, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The first training rows, and the batch that they make."""
+def first_inputs(trainer: Any, count: int) -> dict[str, Any]:
+    """The batch that the first training rows make."""
     rows = [trainer.train_dataset[index] for index in range(min(count, len(trainer.train_dataset)))]
-    return rows, trainer._prepare_inputs(trainer.data_collator(rows))
+    return trainer._prepare_inputs(trainer.data_collator(rows))
 
 
 def log_probs_of(trainer: Any, inputs: dict[str, Any]) -> list[Any]:
@@ -804,7 +703,7 @@ def check_isolation(trainer: Any, stage: str, bits: int) -> None:
     ln 2. So one response's words are changed: what others change by is 0, or rounding, or close to half of what its own
     log-probabilities change by. In 8 bits rounding is more: the kernel's columns in 16 bits depend on the whole batch.
     """
-    _, inputs = first_inputs(trainer, 2)
+    inputs = first_inputs(trainer, 2)
     nodes = inputs["tree_before"].split(inputs["tree_texts"].bincount().tolist())
     beside = Counter(node for response in nodes for node in response.tolist())
     own = [[node for node in response.tolist() if beside[node] == 1] for response in nodes]
@@ -820,11 +719,9 @@ def check_isolation(trainer: Any, stage: str, bits: int) -> None:
     changes = [(before - after).abs().max().item() for before, after in zip(*found, strict=True)]
     most = (0.2 if bits == 8 else 0.02) * changes.pop(earliest)
     if not max(changes, default=0.0) <= most:
-        raise UserError(
-            f"{stage}: in this model a response sees the responses beside it: its log-probabilities change by up to "
-            f"{max(changes):.3f} nats with them",
-            "Give --base_model another model: the evaluation could not score this one either.",
-        )
+        told = f"its log-probabilities change by up to {max(changes):.3f} nats with them"
+        remedy = "Give --base_model another model: the evaluation could not score this one either."
+        raise UserError(f"{stage}: in this model a response sees the responses beside it: {told}", remedy)
 
 
 def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | None) -> None:
@@ -850,7 +747,7 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
             dataset = dataset.add_column(column, [known[key][response] for key in keys])
         setattr(trainer, name, dataset)
     trainer.hidden_states = graphs or trainer.hidden_states
-    _, inputs = first_inputs(trainer, 4)
+    inputs = first_inputs(trainer, 4)
     remembered = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     found = torch.stack([response.sum() for response in log_probs_of(trainer, inputs)])
     difference = (found - remembered).abs().mean().item()
@@ -867,7 +764,6 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
 def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> list[list[float]]:
     """log p of [chosen, rejected] under the reference for each example; the processes share them out."""
     from accelerate.utils import gather_object
-    from tqdm import tqdm
 
     order = list(range(len(examples)))
     if not graphs_of(trainer):  # whose rows have few lengths, whatever is in them
@@ -887,66 +783,60 @@ def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> lis
 
 # ----------------------------------------------------------------------------------------------------- checks
 
-
 def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], data: Data) -> list[Check]:
     """Look at all that a run needs, before a model is loaded; each finding is (what, found, remedy or "")."""
-    import psutil
-
-    unused = set() if (backend := config.backend_of(settings)) == "unsloth" else {"unsloth"}
-    unmet = unmet_requirements({*PACKAGES} - unused)
-    remedy = f"Run {sys.executable} -m pip install -r requirements.txt" if None in unmet.values() else ""
+    backend, facts = config.backend_of(settings), config.environment_facts()
+    unmet = unmet_requirements({*PACKAGES} - ({"unsloth"} if backend != "unsloth" else set()))
     versions = ", ".join(f"{wanted} is wanted, {version} installed" for wanted, version in unmet.items())
-    checks = [("packages", versions or "as in requirements.txt", remedy)]
-    facts = config.environment_facts()
-    checks.append(("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""))
+    install = f"Run {sys.executable} -m pip install -r requirements.txt" if None in unmet.values() else ""
     tokenizer, base = config.load_tokenizer(settings), config.read_base(settings)
-    parameters = base.parameters
-    model = f"{settings.base_model}, {parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
-    checks.append(("base model", f"{model}, trained by {backend}", ""))
-    needed = 1.5 + parameters * settings.bits / 8 * 1.3 / 1e9
-    free = torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available
-    remedy = "" if free / 1e9 >= needed else "Free memory, or lower --bits."
-    checks.append(("memory", f"{free / 1e9:.1f} GB free, at least {needed:.1f} GB needed", remedy))
+    model = f"{settings.base_model}, {base.parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
+    needed = 1.5 + base.parameters * settings.bits / 8 * 1.3 / 1e9
+    free = (torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available) / 1e9
     outputs = Path(settings.outputs).absolute()
     there = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
     disk = shutil.disk_usage(there).free / 1e9
-    remedy = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
+    place = "" if disk > 1 else "Free 1 GB, or give --outputs elsewhere."
     if not there.is_dir() or not os.access(there, os.W_OK):
-        remedy = f"{there} is no folder that you may write to: give --outputs another."
-    checks.append(("disk", f"{disk:.1f} GB free for {settings.outputs}", remedy))
+        place = f"{there} is no folder that you may write to: give --outputs another."
     answers = Counter(pair.order for pair in train + test)
-    checks.append(("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""))
     alone = f"one letter alone would score {max(answers.values()) / answers.total():.0%} in this order"
-    checks.append(("answers in the file", f"{answers['A']:,} A, {answers['B']:,} B; {alone}", ""))
-    checks += [("note", warning, "") for warning in warnings_on(train, test)]
-    in_a = sum(row["chosen"].startswith(f"{STEM} A") for row in data.rows)
-    letters = f"{in_a:,} A, {len(data.rows) - in_a:,} B"
-    checks.append(("rows", f"{len(data.rows):,} for training ({settings.option_order}): {letters}", ""))
+    count, in_a = len(data.rows), sum(row["chosen"].startswith(f"{STEM} A") for row in data.rows)
     longest = check_tokens(data.rows + data.validation_rows, tokenizer, settings.max_length)
-    checks.append(("longest row", f"{longest} tokens of at most {settings.max_length}", ""))
     pair_tree(test[0], tokenizer)  # as the evaluation will cut it
-    runs, steps = planned_runs(settings), {}
-    for run in runs:
+    checks = [
+        ("packages", versions or "as in requirements.txt", install),
+        ("device", f"{facts['device']}, {facts['cores']} cores, computes in {facts['compute_dtype']}", ""),
+        ("base model", f"{model}, trained by {backend}", ""),
+        ("memory", f"{free:.1f} GB free, at least {needed:.1f} GB needed",
+         "" if free >= needed else "Free memory, or lower --bits."),
+        ("disk", f"{disk:.1f} GB free for {settings.outputs}", place),
+        ("pairs", f"{len(train + test):,} in {settings.pairs}: {len(train):,} train, {len(test):,} test", ""),
+        ("answers in the file", f"{answers['A']:,} A, {answers['B']:,} B; {alone}", ""),
+        *[("note", warning, "") for warning in warnings_on(train, test)],
+        ("rows", f"{count:,} for training ({settings.option_order}): {in_a:,} A, {count - in_a:,} B", ""),
+        ("longest row", f"{longest} tokens of at most {settings.max_length}", ""),
+    ]
+    planned, steps = config.planned_runs(settings), {}
+    for run in planned:
         epochs = settings.sft_epochs if run.stage == "sft" else settings.epochs
-        count = math.ceil(math.ceil(len(data.rows) / settings.effective_batch) * epochs)
-        steps[run.stage] = min(count, settings.max_steps) if settings.max_steps > 0 else count
-        there = what_is_there(run.folder, run.stage, asked_of(run, data), settings.restart)
+        whole = math.ceil(math.ceil(count / settings.effective_batch) * epochs)
+        steps[run.stage] = min(whole, settings.max_steps) if settings.max_steps > 0 else whole
+        there = run.found(data.split["pairs_sha256"])
         said = f"{steps[run.stage]:,} steps of {settings.effective_batch}; {there.said}"
         checks.append((run.stage, said, there.remedy))
-    trained = {run.folder for run in runs if run.stage == "sft"}
-    for start in dict.fromkeys(run.start for run in runs if run.stage != "sft"):
-        if start is None or (start in trained and not start.is_dir()):
-            checks.append(("starts from", "the base model" if start is None else f"{start}, trained first", ""))
-        else:
-            checks.append(("starts from", *starting_point(settings, start, base, ids_digest(test))))
+    trained = {run.folder for run in planned if run.stage == "sft"}
+    for start in dict.fromkeys(run.start for run in planned if run.stage != "sft"):
+        found, remedy = "the base model" if start is None else f"{start}, trained first", ""
+        if start and (start not in trained or start.is_dir()):
+            size = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+            found, remedy = starting_point(start, base, ids_digest(test), config.LORA_TARGETS, size)
+        checks.append(("starts from", found, remedy))
     return [*checks, ("trainer", *libraries_settings(settings, steps))]
 
 
 def libraries_settings(settings: TrainingSettings, steps: dict[str, int]) -> tuple[str, str]:
-    """Do the libraries take the optimiser, the schedule and the tracker? They would say it in a traceback.
-
-    steps: of each stage that is trained.
-    """
+    """Do the libraries take optimiser, tracker and the schedule of each stage's steps? Else they end in a traceback."""
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_available_reporting_integrations
 
@@ -965,21 +855,6 @@ def libraries_settings(settings: TrainingSettings, steps: dict[str, int]) -> tup
     known = settings.report_to in ("none", "all", *get_available_reporting_integrations())
     named = f"{settings.optim}, {settings.lr_scheduler}, reports to {settings.report_to}"
     return named, "" if known else f"Install {settings.report_to}, or give --report_to none."
-
-
-def starting_point(settings: TrainingSettings, folder: Path, base: Base, test_digest: str) -> tuple[str, str]:
-    """An adapter that is there to start from, and what to do where it does not fit this base model and split."""
-    if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
-        return problem, "Train it with --stage sft, or give --sft_adapter."
-    if read_json(folder / RUN).get("stage") == "dpo":
-        return f"{folder} is an adapter of dpo", "Give --sft_adapter an adapter of SFT."
-    if kind := unlike_plain_lora(folder, config.LORA_TARGETS):
-        remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
-        return f"{folder}, an adapter with {', '.join(kind)}", remedy
-    lora = read_json(folder / "adapter_config.json")
-    found = {"lora_rank": lora.get("r"), "lora_alpha": lora.get("lora_alpha")}  # DPO goes on with them
-    other = " ".join(f"--{name} {value}" for name, value in found.items() if value != getattr(settings, name))
-    return (f"{folder}, which has {other}", f"Give {other}, or train SFT anew.") if other else (str(folder), "")
 
 
 if __name__ == "__main__":

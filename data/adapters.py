@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.bases import Base, base_key
+from data.bases import Base, base_key, damage
 from data.errors import printable
 from data.files import read_json
 from data.runs import RUN, WEIGHTS, read_run, settings_of
@@ -37,32 +37,38 @@ _TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB]\.wei
 
 def adapter_problem(folder: Path, base: Base) -> str:
     """Why the adapter in a folder is no whole plain LoRA on this base model; "" if it is."""
-    if problem := _folder_problem(folder):
-        return printable(problem)
     try:
-        return printable(_weights_problem(folder, base))
+        return printable(_folder_problem(folder) or _weights_problem(folder, base))
     except (TypeError, ValueError, AttributeError, re.error) as error:
         return printable(f"{folder}/{CONFIG} or the header of its weights has another form than PEFT's ({error})")
 
 
 def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
     """Why an adapter was made for another base model or split, as its run.json and configuration say; "" if not."""
-    return printable(_mismatch(folder, base, test_digest))
+    run = read_run(folder)
+    trained_on, data = settings_of(run).get("base_model"), run.get("data")
+    if not (folder / RUN).is_file():
+        trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
+    elif not trained_on or not isinstance(data, dict) or "test_digest" not in data:
+        return f"{folder}/{RUN} cannot be read, or is of an older version"
+    elif data["test_digest"] != test_digest:
+        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    if trained_on and base_key(str(trained_on)) != base_key(base.name):
+        return printable(f"{folder} was trained on the base model {trained_on}, not {base.name}")
+    if (had := run.get("vocabulary")) and had != base.vocabulary:
+        tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"
+        return printable(f"{folder} was trained with another tokenizer, {tokens}")
+    return ""
 
 
 def _folder_problem(folder: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
     if not folder.is_dir():
         return f"there is no adapter at {folder}"
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             return f"{folder} is no adapter: it has no {name}"
-    try:
-        with safe_open(folder / WEIGHTS, "np"):  # compares what its header says with the file's size
-            pass
-    except (SafetensorError, OSError) as error:
-        return f"{folder}/{WEIGHTS} is damaged or cut short ({error})"
+    if problem := damage(folder / WEIGHTS):
+        return problem
     lora = read_json(folder / CONFIG)
     if lora.get("peft_type") != "LORA":
         return f"{folder}/{CONFIG} describes no LoRA adapter"
@@ -72,24 +78,6 @@ def _folder_problem(folder: Path) -> str:
     for name, value in lora.items():
         if value and name not in ANY_VALUE and value not in THESE_VALUES.get(name, ()):
             return f"{folder} is no plain LoRA adapter: it has {name} {value!r}"
-    return ""
-
-
-def _mismatch(folder: Path, base: Base, test_digest: str) -> str:
-    run: dict[str, Any] = read_run(folder)
-    trained_on, data = settings_of(run).get("base_model"), run.get("data")
-    if not (folder / RUN).is_file():
-        trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
-    elif not trained_on or not isinstance(data, dict) or "test_digest" not in data:
-        return f"{folder}/{RUN} cannot be read, or is of an older version"
-    elif data["test_digest"] != test_digest:
-        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
-    if trained_on and base_key(str(trained_on)) != base_key(base.name):
-        return f"{folder} was trained on the base model {trained_on}, not {base.name}"
-    had = run.get("vocabulary")
-    if had and had != base.vocabulary:
-        tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"
-        return f"{folder} was trained with another tokenizer, {tokens}"
     return ""
 
 
@@ -157,6 +145,23 @@ def first_not_finite(weights: Path, tensors: dict[str, Any]) -> str:
     return ""
 
 
+def starting_point(
+    folder: Path, base: Base, test_digest: str, targets: Collection[str], size: dict[str, int]
+) -> tuple[str, str]:
+    """An adapter to start training from, and what to do where it does not fit; `size` is the rank and alpha asked."""
+    if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
+        return problem, "Train it with --stage sft, or give --sft_adapter."
+    if read_run(folder).get("stage") == "dpo":
+        return f"{folder} is an adapter of dpo", "Give --sft_adapter an adapter of SFT."
+    if kind := unlike_plain_lora(folder, targets):
+        remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
+        return f"{folder}, an adapter with {', '.join(kind)}", remedy
+    lora = read_json(folder / CONFIG)
+    found = {"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}  # DPO goes on with them
+    other = " ".join(f"--{name} {value}" for name, value in found.items() if value != size[name])
+    return (f"{folder}, which has {other}", f"Give {other}, or train SFT anew.") if other else (str(folder), "")
+
+
 def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:
     """What an adapter has beside updates of one rank and scale, of these layers: training does not go on with it."""
     lora = read_json(folder / CONFIG)
@@ -165,9 +170,6 @@ def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:
 
 
 def adapted_layers(folder: Path) -> set[str]:
-    """Names of the layers that a LoRA adapter changes, such as q_proj, from its weights.
-
-    Its adapter_config.json may hold them as a pattern: Unsloth writes one for a base in 8 bits.
-    """
+    """Layers that a LoRA adapter changes, such as q_proj, from its weights: its configuration may hold a pattern."""
     names = [name.partition(".lora_")[0] for name in read_header(folder / WEIGHTS) if ".lora_" in name]
     return {name.rpartition(".")[2] for name in names}

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from data.errors import printable
 from data.files import read_json
 
-SCALED_LOGITS = (  # as configurations name it
-    *("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier"),
-)
+SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier")
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}  # kinds of layers
 STORED = {"nf4": 4, "8-bit": 8}  # quantised weights that bitsandbytes loads as they are, and the bits to ask for
 HUB_NAMES = {"SmolLM2-135M-Instruct-Q4_1": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # another name of the same model
@@ -66,10 +66,7 @@ def stored_as(shape: Any) -> str:
 def base_problem(base: Base, bits: int, max_length: int) -> tuple[str, str]:
     """(why a base model cannot be trained or scored in these bits, what to do); ("", "") if it can.
 
-    Scores are made of the output layer's own logits, and a row attends to all that stands before.
-
-    Args:
-        max_length: tokens of the longest row.
+    Scores are made of the output layer's own logits, and a row of up to `max_length` tokens attends to all before.
     """
     name, text = base.name, base.shape.get_text_config()
     if problem := files_problem(Path(name)):
@@ -96,14 +93,9 @@ def base_problem(base: Base, bits: int, max_length: int) -> tuple[str, str]:
 
 def training_problem(base: Base, targets: Collection[str]) -> tuple[str, str]:
     """(why LoRA on the layers named `targets` cannot be trained on a base model, what to do); ("", "") if it can."""
-    experts = {
-        name: value
-        for name, value in base.shape.get_text_config().to_dict().items()
-        if "expert" in name and type(value) is int and value > 1
-    }
-    if experts:
-        [first, *_] = experts.items()
-        return f"{base.name} is a mixture of experts ({first[0]} {first[1]}), which is not trained here", ANOTHER
+    for name, value in base.shape.get_text_config().to_dict().items():
+        if "expert" in name and type(value) is int and value > 1:
+            return f"{base.name} is a mixture of experts ({name} {value}), which is not trained here", ANOTHER
     found = {path.rpartition(".")[2] for path in base.layers}
     if missing := [name for name in targets if name not in found]:
         lacks = f"{len(missing)} of the {len(targets)} layers that LoRA adapts, {missing[0]} first"
@@ -113,8 +105,6 @@ def training_problem(base: Base, targets: Collection[str]) -> tuple[str, str]:
 
 def files_problem(folder: Path) -> str:
     """Why a local folder does not hold a model's weights, whole and as safetensors; "" if it does, or is none."""
-    from safetensors import SafetensorError, safe_open
-
     if not folder.is_dir():
         return ""
     shards = read_json(folder / "model.safetensors.index.json").get("weight_map")
@@ -122,9 +112,15 @@ def files_problem(folder: Path) -> str:
         if not (folder / name).is_file():
             pickled = "" if shards else next((path.name for path in folder.glob("*.bin")), "")
             return f"{folder} has no {name}" + f", and {pickled} is a pickle, which is not read" * bool(pickled)
-        try:
-            with safe_open(folder / name, "np"):  # compares what its header says with the file's size
-                pass
-        except (SafetensorError, OSError) as error:
-            return printable(f"{folder / name} is damaged or cut short ({error})")
+        if problem := damage(folder / name):
+            return problem
     return ""
+
+
+def damage(weights: Path) -> str:
+    """Why a safetensors file is not whole, by its size and what its header says of it; "" if it is."""
+    try:
+        with safe_open(weights, "np"):
+            return ""
+    except (SafetensorError, OSError) as error:
+        return printable(f"{weights} is damaged or cut short ({error})")

@@ -36,6 +36,7 @@ ML_100K_MEMBERS = "recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/data
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_SHA256 = "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"
 SOURCES = ["ml-100k", "ml-1m", "ml-10m", "ml-25m", "ml-32m", "ml-latest"]
+RATINGS = {"user": int, "film": int, "rating": float, "time": float}  # columns
 FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat")
 LICENCE = """\
 MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
@@ -54,21 +55,18 @@ def read_ml_100k() -> tuple[pd.DataFrame, pd.DataFrame]:
                 pd.read_csv(io.BytesIO(archive.read(member)), sep="\t", keep_default_na=False, quoting=3, dtype=str)
                 for member in ML_100K_MEMBERS
             )
-    ratings.columns = ["user", "film", "rating", "time"]
+    ratings.columns = list(RATINGS)
     films.columns = ["film", "title", "year", "genres"]
     films = films[films["year"].str.fullmatch(r"\d{4}")]  # one film of the file is "unknown", without a year
     films = films.assign(title=films["title"] + " (" + films["year"] + ")", genres=films["genres"].str.split(" "))
-    return _numbers(ratings), films[["film", "title", "genres"]].astype({"film": int})
+    return ratings.astype(RATINGS), films[["film", "title", "genres"]].astype({"film": int})
 
 
 def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """MovieLens as (ratings, films), from GroupLens' zip file or the folder that it unpacks to.
 
     `ratings.csv` and `movies.csv` (ml-latest, 25M, 32M), or `ratings.dat` and `movies.dat` (1M, 10M), in UTF-8 or, as
-    1M has it, latin-1.
-
-    Raises:
-        UserError: the files are not there, or not of that form.
+    1M has it, latin-1. UserError where they are not there, or not of that form.
     """
     try:
         if source.is_dir():
@@ -82,9 +80,9 @@ def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             ratings, films = (pd.read_csv(io.BytesIO(files[name]), **form) for name in FILES[:2])
         else:
             ratings, films = (pd.DataFrame([line.split("::") for line in _lines(files[name])]) for name in FILES[2:])
-        ratings.columns, films.columns = ["user", "film", "rating", "time"], ["film", "title", "genres"]
+        ratings.columns, films.columns = list(RATINGS), ["film", "title", "genres"]
         films = films.assign(title=films["title"].str.strip(), genres=films["genres"].str.split("|"))
-        return _numbers(ratings), films.astype({"film": int})
+        return ratings.astype(RATINGS), films.astype({"film": int})
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         remedy = f"Give --from a folder or zip file with {' and '.join(FILES[:2])}, or {' and '.join(FILES[2:])}."
         raise UserError(f"no MovieLens at {source}: {error}", remedy) from None
@@ -97,62 +95,45 @@ def _lines(content: bytes) -> list[str]:
         return content.decode("latin-1").splitlines()
 
 
-def _numbers(ratings: pd.DataFrame) -> pd.DataFrame:
-    return ratings.astype({"user": int, "film": int, "rating": float, "time": float})
-
-
 def download_ml_1m(folder: Path) -> Path:
-    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence.
-
-    Raises:
-        UserError: it cannot be fetched, or is not the file that was expected.
-    """
+    """Fetch GroupLens' zip file of MovieLens-1M, after showing its licence; UserError where that fails."""
     print(LICENCE)
-    path = folder / "ml-1m.zip"
+    path, remedy = folder / "ml-1m.zip", "Fetch it by other means and give --from."
     print(f"fetching {ML_1M_URL}", flush=True)
     try:
         urllib.request.urlretrieve(ML_1M_URL, path)
     except OSError as error:
-        raise UserError(f"cannot fetch {ML_1M_URL}: {error}", "Fetch it by other means and give --from.") from None
+        raise UserError(f"cannot fetch {ML_1M_URL}: {error}", remedy) from None
     if file_sha256(path) != ML_1M_SHA256:
-        problem = f"{ML_1M_URL} is not the file that was expected (sha256 differs)"
-        raise UserError(problem, "Fetch it by other means and give --from.")
+        raise UserError(f"{ML_1M_URL} is not the file that was expected (sha256 differs)", remedy)
     return path
 
 
 def build_pairs(
-    ratings: pd.DataFrame,
-    films: pd.DataFrame,
-    *,
-    min_rating: float = 0.0,
-    pairs_per_user: int = 1,
-    negatives: str = "random",
-    seed: int = 3407,
+    ratings: pd.DataFrame, films: pd.DataFrame, *, min_rating: float = 0.0, pairs_per_user: int = 1,
+    negatives: str = "random", seed: int = 3407,
 ) -> list[Pair]:
     """Pairs from ratings, users in the order of their ids.
 
-    Args:
-        ratings: columns user, film, rating, time.
-        films: columns film, title (ending in its year), genres (a list). Films of one title are one film.
-        min_rating: history and preferred films have at least this rating.
-        pairs_per_user: the 6th film is preferred in the first pair, the 7th in the second, and so on; all
-            of a user's pairs share the history, and so fall on one side of the split.
-        negatives: `random` draws the other film from all that the user never rated; `popularity` draws it
-            from those in the preferred film's decile of popularity. Popularity is how often a film stands in
-            a history or is preferred, and a decile holds a tenth of these places, not of the films: among the
-            most watched tenth of the films, popularity still varies by a factor of ten.
+    ratings: columns user, film, rating, time.
+    films: columns film, title (ending in its year), genres (a list). Films of one title are one film.
+    min_rating: history and preferred films have at least this rating.
+    pairs_per_user: the 6th film is preferred in the first pair, the 7th in the second, and so on; all of a user's pairs
+        share the history, and so fall on one side of the split.
+    negatives: `random` draws the other film from all that the user never rated; `popularity` draws it from those in the
+        preferred film's decile of popularity. Popularity is how often a film stands in a history or is preferred, and a
+        decile holds a tenth of these places, not of the films: among the most watched tenth of the films, popularity
+        still varies by a factor of ten.
     """
-    movies = [Movie(row.title, tuple(row.genres)) for row in films.itertuples()]
-    problems = [film_problem(movie) for movie in movies]
-    if any(problems):
-        first = next(f"{movie.title!r}, since {why}" for movie, why in zip(movies, problems, strict=True) if why)
-        print(f"skipped {sum(map(bool, problems)):,} of {len(films):,} films, the first {first}", file=sys.stderr)
-    films = films[[not problem for problem in problems]]
-    films = films.assign(first=films.groupby("title")["film"].transform("min"))
-    same_film = dict(zip(films["film"], films["first"], strict=True))
+    movie = {row.film: Movie(row.title, tuple(row.genres)) for row in films.itertuples()}
+    problems = {film: why for film in movie if (why := film_problem(movie[film]))}
+    if problems:
+        film, why = next(iter(problems.items()))
+        first = f"{movie[film].title!r}, since {why}"
+        print(f"skipped {len(problems):,} of {len(films):,} films, the first {first}", file=sys.stderr)
+    films = films[~films["film"].isin(problems.keys())]
+    same_film = dict(zip(films["film"], films.groupby("title")["film"].transform("min"), strict=True))
     ratings = ratings[ratings["film"].isin(same_film.keys())].assign(film=lambda rows: rows["film"].map(same_film))
-    films = films.drop_duplicates("title").set_index("film")
-    movie = {film: Movie(row.title, tuple(row.genres)) for film, row in films.iterrows()}
 
     ratings = ratings.sort_values(["user", "time", "film"], kind="stable")
     liked = ratings[ratings["rating"] >= min_rating].drop_duplicates(["user", "film"])

@@ -1,7 +1,4 @@
-"""Errors that a user can fix, and the checks that find them early.
-
-An error is one line of what is wrong and one of how to fix it; a script then ends with exit code 2.
-"""
+"""Errors that a user can fix, which end a script with exit code 2, and the checks that find them early."""
 
 from __future__ import annotations
 
@@ -53,6 +50,16 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
         remedy = "Mend its permissions, or give --outputs a folder that you may write to."
         return UserError(f"cannot read or write: {text}", remedy)
     return None
+
+
+def failed_kernel(error: BaseException | None) -> str:
+    """What is wrong with a kernel that torch or Triton could not make or run on this card; empty for other errors."""
+    while error:
+        if type(error).__name__ in ("OutOfResources", "CompilationError", "InductorError", "BackendCompilerFailed"):
+            told = str(error).strip().partition("\n")[0]
+            return f"a kernel does not run on this card ({printable(told)})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 Check = tuple[str, str, str]  # what, what was found, how to fix it ("" where all is well)

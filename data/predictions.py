@@ -20,64 +20,47 @@ LOG_PROBS = ("chosen_log_prob", "rejected_log_prob")
 ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 KEY = ["arm", "seed", "pair_id", "order", "history"]
 IN_EACH = ("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin")
+COUNTED = ("preferred_count", "other_count")
 COLUMNS = {  # of predictions.csv, by version
     1: (*IN_EACH, "response_margin", "preferred_more_popular"),
-    2: (
-        *(*IN_EACH[:3], "user_id", *IN_EACH[3:], *LOG_PROBS, "preferred_count", "other_count"),
-        *("reference", "beta", "pairs_seen"),
-    ),
+    2: (*IN_EACH[:3], "user_id", *IN_EACH[3:], *LOG_PROBS, *COUNTED, *Lineage._fields),
 }
-WHOLE = ("preferred_count", "other_count", "pairs_seen")
+WHOLE = (*COUNTED, "pairs_seen")
 NUMBERS = (*MARGINS, *LOG_PROBS, *WHOLE, "beta")
 REMEDY = "Give a predictions.csv of evaluate_dpo.py."
-UNKNOWN = Lineage()
 
 
 def prediction_rows(
-    arm: str,
-    kind: str,
-    seed: str,
-    history: str,
-    pairs: Sequence[Pair],
-    popularity: Counter[str],
-    decision: np.ndarray,
-    chosen: np.ndarray | None = None,
-    rejected: np.ndarray | None = None,
-    about: Lineage = UNKNOWN,
+    arm: str, kind: str, seed: str, history: str, pairs: Sequence[Pair], popularity: Counter[str], decision: np.ndarray,
+    chosen: np.ndarray | None = None, rejected: np.ndarray | None = None, about: Lineage | None = None,
 ) -> pd.DataFrame:
     """Rows of predictions.csv for one arm, seed and history, `completed`.
 
-    Args:
-        kind: model or baseline.
-        history: own or stranger.
-        popularity: how many training users watched each title.
-        decision: margins in nats, (pairs, orders A and B).
-        chosen, rejected: log-probabilities of the responses in nats, (pairs, orders); None where not scored.
+    kind: model or baseline.
+    history: own or stranger.
+    popularity: how many training users watched each title.
+    decision: margins in nats, (pairs, orders A and B).
+    chosen, rejected: log-probabilities of the responses in nats, (pairs, orders); None where not scored.
     """
-    rows = pd.DataFrame(
-        {
-            "arm": arm,
-            "kind": kind,
-            "seed": seed,
-            "user_id": np.repeat([pair.user_id for pair in pairs], 2),
-            "pair_id": np.repeat([pair.pair_id for pair in pairs], 2),
-            "order": list(ORDERS) * len(pairs),
-            "history": history,
-            "decision_margin": decision.ravel().round(6),
-            "chosen_log_prob": np.nan if chosen is None else chosen.ravel().round(6),
-            "rejected_log_prob": np.nan if rejected is None else rejected.ravel().round(6),
-            "preferred_count": np.repeat([popularity[pair.preferred.title] for pair in pairs], 2),
-            "other_count": np.repeat([popularity[pair.other.title] for pair in pairs], 2),
-        }
-    )
-    return completed(rows.assign(**about._asdict()))
+    content = {
+        "arm": arm, "kind": kind, "seed": seed,
+        "user_id": np.repeat([pair.user_id for pair in pairs], 2),
+        "pair_id": np.repeat([pair.pair_id for pair in pairs], 2),
+        "order": list(ORDERS) * len(pairs),
+        "history": history,
+        "decision_margin": decision.ravel().round(6),
+        "chosen_log_prob": np.nan if chosen is None else chosen.ravel().round(6),
+        "rejected_log_prob": np.nan if rejected is None else rejected.ravel().round(6),
+        "preferred_count": np.repeat([popularity[pair.preferred.title] for pair in pairs], 2),
+        "other_count": np.repeat([popularity[pair.other.title] for pair in pairs], 2),
+    }
+    return completed(pd.DataFrame(content).assign(**(about or Lineage())._asdict()))
 
 
 def baseline_rows(train: Sequence[Pair], test: Sequence[Pair]) -> list[pd.DataFrame]:
     """Rows of predictions.csv for each baseline."""
-    counts = film_counts(train)
-    margins = baseline_margins(train, test)
-    return [prediction_rows(arm, "baseline", "", "own", test, counts, decision) for arm, decision in margins.items()]
+    about, margins = ("baseline", "", "own", test, film_counts(train)), baseline_margins(train, test)
+    return [prediction_rows(arm, *about, decision) for arm, decision in margins.items()]
 
 
 def completed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -110,17 +93,15 @@ def as_csv(rows: pd.DataFrame) -> str:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """The rows of predictions.csv of either version, `completed`.
-
-    Raises:
-        UserError: there is no such file, or evaluate_dpo.py did not write it.
-    """
+    """The rows of predictions.csv of either version, `completed`; UserError where evaluate_dpo.py did not write it."""
     types = {name: float if name in NUMBERS else str for columns in COLUMNS.values() for name in columns}
     empty = {name: [""] for name in NUMBERS}
     try:
         predictions = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
-        problem = lacking_columns(predictions)
-        if not problem:
+        there = {*predictions.columns}
+        if missing := {*COLUMNS[2 if {"user_id", *LOG_PROBS} & there else 1]} - there:
+            problem = f"has no column {', '.join(sorted(missing))}"
+        else:
             predictions = completed(predictions)
             problem = problem_of(predictions)
     except (OSError, ValueError) as error:
@@ -128,12 +109,6 @@ def read_predictions(path: Path) -> pd.DataFrame:
     if problem:
         raise UserError(f"{path} {problem}", REMEDY)
     return predictions
-
-
-def lacking_columns(rows: pd.DataFrame) -> str:
-    """Which columns of its version rows lack, in words; "" if none."""
-    missing = {*COLUMNS[2 if {"user_id", *LOG_PROBS} & {*rows.columns} else 1]} - {*rows.columns}
-    return f"has no column {', '.join(sorted(missing))}" if missing else ""
 
 
 def problem_of(rows: pd.DataFrame) -> str:
@@ -152,10 +127,10 @@ def problem_of(rows: pd.DataFrame) -> str:
         return "has a preferred_more_popular that is not true, false or tie"
     if rows["decision_margin"].isna().any() or (rows[list(NUMBERS)].abs() > 1e9).any(axis=None):
         return "has a margin that is missing, or a number above a billion"
-    whole = rows[list(WHOLE)]
-    if (version_of(rows) == 2 and whole.iloc[:, :2].isna().any(axis=None)) or (whole.fillna(0) % 1 > 0).any(axis=None):
+    lacking = version_of(rows) == 2 and rows[list(COUNTED)].isna().any(axis=None)
+    if lacking or (rows[list(WHOLE)].fillna(0) % 1 > 0).any(axis=None):
         return "has a count that is missing or no whole number"
-    if (rows.groupby(["arm", "seed"])[["reference", "beta", "pairs_seen"]].nunique() > 1).any(axis=None):
+    if (rows.groupby(["arm", "seed"])[[*Lineage._fields]].nunique() > 1).any(axis=None):
         return "has two references, betas or pairs_seen for one run"
     own = rows[rows["history"] == "own"]
     pairs, users = own["pair_id"].nunique(), own["user_id"].nunique()
@@ -186,11 +161,7 @@ def genre_pattern(pairs: Sequence[Pair]) -> re.Pattern[str]:
 
 
 def generation_rows(
-    arm: str,
-    seed: str,
-    pairs: Sequence[Pair],
-    orders: Sequence[str],
-    answers: Sequence[Sequence[str]],
+    arm: str, seed: str, pairs: Sequence[Pair], orders: Sequence[str], answers: Sequence[Sequence[str]],
     genres: re.Pattern[str],
 ) -> pd.DataFrame:
     """One row per generated answer: what it recommends, and which of the genres that `genres` finds it argues with.

@@ -19,6 +19,7 @@ from data.machine import RANK
 
 RUN = "run.json"
 WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
+STAGES = ("sft", "sft_more", "dpo")
 OF_START = "sha256 of the adapter that it starts from"
 Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
@@ -36,39 +37,37 @@ OF_OTHER_STAGE = {
 }
 
 
-def read_run(adapter: Path) -> dict[str, Any]:
-    """The run.json of an adapter's folder; empty where there is none that can be read."""
-    return read_json(adapter / RUN)
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder; empty where there is none that can be read."""
+    return read_json(folder / RUN)
 
 
 def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that decide what a stage trains."""
-    decisive = {name: value for name, value in settings.items() if name not in NOT_TRAINED | OF_OTHER_STAGE[stage]}
-    return decisive | {"base_model": base_key(str(settings.get("base_model")))}
+    without = NOT_TRAINED | OF_OTHER_STAGE[stage]
+    kept = {name: value for name, value in settings.items() if name not in without}
+    return kept | {"base_model": base_key(str(settings.get("base_model")))}
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     """How two runs differ, in words."""
-    others = [name for name, value in now.items() if before.get(name) != value]
-    return "; ".join(f"{name} {before.get(name)!r}, not {now[name]!r}" for name in others)
+    others = {name: value for name, value in now.items() if before.get(name) != value}
+    return "; ".join(f"{name} {before.get(name)!r}, not {value!r}" for name, value in others.items())
 
 
-def trained_on(pairs_sha256: str, start_sha256: str | None) -> dict[str, Any]:
-    """What beside the settings decides what a stage trains: its pairs, and the adapter that it starts from."""
-    return {"sha256 of the pairs": pairs_sha256[:12], OF_START: start_sha256 and start_sha256[:12]}
+def decisive(stage: str, settings: dict[str, Any], pairs_sha256: str, start_sha256: str | None) -> dict[str, Any]:
+    """All that decides what a stage trains: its settings, its pairs, and the adapter that it starts from."""
+    data = {"sha256 of the pairs": pairs_sha256[:12], OF_START: start_sha256 and start_sha256[:12]}
+    return trained_settings(stage, settings) | data
 
 
 def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> str:
-    """What of `asked` a run was not trained with, in words; a setting newer than the run is no difference.
-
-    asked: `trained_settings` and `trained_on` of a run that is asked for.
-    """
+    """What a run was not trained with of `asked`, which is `decisive` of another; newer settings make no difference."""
     had, data = settings_of(run), run.get("data")
     if run.get("stage") != stage or not had or not isinstance(data, dict):
         return f"no run.json of {stage}"
     start = run.get("initial_adapter_sha256")
-    had = trained_settings(stage, had) | trained_on(str(data.get("pairs_sha256")), start and str(start))
-    return differing(asked | had, asked)
+    return differing(asked | decisive(stage, had, str(data.get("pairs_sha256")), start and str(start)), asked)
 
 
 class There(NamedTuple):
@@ -79,25 +78,25 @@ class There(NamedTuple):
     remedy: str = ""
 
 
-def what_is_there(folder: Path, stage: str, asked: dict[str, Any], restart: bool) -> There:
-    """What lies in a run's folder; an adapter of other settings than those `asked` is in its way unless `restart`."""
+def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha256: str, start: Path | None) -> There:
+    """What lies in the folder of a run; an adapter of other settings is in its way unless these say `restart`."""
     if not folder.is_dir():
         return There(False, f"{folder} is not there yet")
+    known = start is not None and (start / WEIGHTS).is_file()
+    asked = decisive(stage, settings, pairs_sha256, file_sha256(start / WEIGHTS) if known else None)
+    if start and not known:  # it is trained first
+        del asked[OF_START]
     others = made_otherwise(read_run(folder), stage, asked)
     if not others:
         return There(True, f"{folder} is there, trained with these settings: nothing to do")
-    if restart:
+    if settings["restart"]:
         return There(False, f"{folder} is there, with {others}, and is replaced")
     remedy = "Give --restart true to replace it, or --outputs another folder."
     return There(False, f"{folder} is there, with {others}", remedy)
 
 
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make a stage's checkpoints folder ready for a run of this identity.
-
-    Raises:
-        UserError: it holds an unfinished run of another identity, which `restart` would throw away.
-    """
+    """Make a checkpoints folder ready for a run; UserError where one of another identity is unfinished in it."""
     others = differing(read_json(folder / RUN), identity)
     for checkpoint in folder.glob("checkpoint-*") if others and restart else ():
         shutil.rmtree(checkpoint)
@@ -168,6 +167,12 @@ def lineage(folder: Path) -> Lineage:
     return Lineage("sft" if run.get("initial_adapter") else "base", float(beta), seen)
 
 
+def rows_in(steps: int, rows: int, batch: int) -> int:
+    """Rows seen in so many steps of `batch` rows; the last step of a pass over the rows has what is left of them."""
+    passes, rest = divmod(steps, math.ceil(rows / batch))
+    return passes * rows + rest * batch
+
+
 def rows_seen(folder: Path) -> int:
     """Pairs seen by an adapter in all its training, with those of the adapter that it began with; 0 if unknown."""
     run = read_run(folder)
@@ -183,9 +188,9 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
     notes = []
     for arm, folders in adapters.items():
         runs = [read_run(folder) for folder in folders.values()]
-        known = [run for run in runs if settings_of(run) and run.get("stage") in tuple(OF_OTHER_STAGE)]
-        decisive = [trained_settings(run["stage"], settings_of(run)) for run in known]
-        others = sorted({name for one in decisive for name in one if one[name] != decisive[0].get(name)} - {"seed"})
+        known = [run for run in runs if settings_of(run) and run.get("stage") in STAGES]
+        kept = [trained_settings(run["stage"], settings_of(run)) for run in known]
+        others = sorted({name for one in kept for name in one if one[name] != kept[0].get(name)} - {"seed"})
         if others:
             notes.append(f"the training runs of {arm} differ in {', '.join(others)}, not in their seed alone")
         trained = {found for run in runs if isinstance(found := settings_of(run).get("bits"), int)} - {bits}

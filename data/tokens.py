@@ -17,10 +17,8 @@ def pair_tree(pair: Pair, tokenizer: Any, decision_only: bool = False) -> Tree:
     """A pair's four texts (two orders, two responses), tokenized as training does, as one tree.
 
     Its paths are, for [order][chosen, rejected], the nodes of the response's tokens from the option's letter, where
-    the two part, to the end of text; decision_only leaves out what follows the letter.
-
-    Raises:
-        UserError: the tokenizer does not make the option's letter the first token that the responses differ in.
+    the two part, to the end of text; decision_only leaves out what follows the letter. UserError where the tokenizer
+    does not make the letter a token of its own.
     """
     texts: list[list[int]] = []
     starts: list[int] = []
@@ -92,11 +90,7 @@ def placed_trees(
 
 
 def check_tokens(rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> int:
-    """The longest row in tokens, end-of-text included.
-
-    Raises:
-        UserError: a row is longer than max_length, or its prompt's tokens change when a response follows.
-    """
+    """The longest row in tokens, end-of-text included; UserError where it is too long or merges with its prompt."""
     longest = 0
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     if prompts[0][-1] == tokenizer.eos_token_id:

@@ -14,6 +14,7 @@ from data.files import file_sha256, write_json
 from data.runs import (
     WEIGHTS,
     changed_since,
+    decisive,
     learning_rate,
     lineage,
     made_otherwise,
@@ -21,9 +22,9 @@ from data.runs import (
     notes_on,
     of_another_stage,
     read_run,
+    rows_in,
     rows_seen,
-    trained_on,
-    trained_settings,
+    what_is_there,
 )
 
 
@@ -46,7 +47,7 @@ def test_the_model_named_beside_predictions_cannot_steer_the_terminal(tmp_path):
 def test_an_adapter_of_other_settings_is_not_passed_off_as_this_one():
     def asked(stage: str, pairs: str = "pairs", start: str | None = "start") -> dict:
         settings = TrainingSettings(beta=0.5, sft_epochs=4.0, control_learning_rate=1e-3, outputs="elsewhere")
-        return trained_settings(stage, vars(settings)) | trained_on(pairs, start)
+        return decisive(stage, vars(settings), pairs, start)
 
     settings = vars(TrainingSettings()) | {"push_to_hub": "films"}  # which an earlier version had
     run = {"settings": settings, "data": {"pairs_sha256": "pairs"}, "initial_adapter_sha256": "start"}
@@ -88,6 +89,23 @@ def test_what_a_run_has_seen_is_counted_with_its_start(tmp_path):
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter=str(sft))) == 150
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, pairs_seen=70, initial_adapter="gone")) == 70
     assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter="gone")) == 0, "it is not known"
+
+
+def test_an_adapter_is_asked_for_with_the_start_that_is_there_or_is_trained_first(tmp_path):
+    settings = vars(TrainingSettings())
+    about = {"data": {"pairs_sha256": "pairs"}, "initial_adapter_sha256": "start"}
+    dpo, sft = run_in(tmp_path / "dpo", stage="dpo", settings=settings, **about), tmp_path / "sft"
+    assert what_is_there(dpo, "dpo", settings, "pairs", sft).done
+    sft.mkdir()
+    (sft / WEIGHTS).write_bytes(b"trained again")
+    there = what_is_there(dpo, "dpo", settings, "pairs", sft)
+    assert not there.done and there.remedy and "adapter that it starts from 'start', not " in there.said
+    assert "is replaced" in what_is_there(dpo, "dpo", settings | {"restart": True}, "pairs", sft).said
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(0, 0), (1, 4), (2, 8), (3, 10), (4, 14), (6, 20)])
+def test_the_last_step_of_a_pass_sees_what_is_left_of_the_rows(steps, seen):
+    assert rows_in(steps, rows=10, batch=4) == seen
 
 
 def test_adapters_that_are_not_those_of_the_evaluation_are_told(tmp_path):

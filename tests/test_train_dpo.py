@@ -179,14 +179,14 @@ def test_the_control_goes_on_from_sft_for_as_many_steps_and_pairs_as_dpo(trainin
 
 def test_each_further_run_has_its_seed_in_a_folder_of_its_own(training_flags, tmp_path):
     flags = [*training_flags, "--control", "true", "--seeds", "2"]
-    planned = train_dpo.planned_runs(settings_of(flags))
+    planned = config.planned_runs(settings_of(flags))
     names = [str(run.folder.relative_to(tmp_path / "outputs")) for run in planned]
     stem = folder_of(flags, "sft").name.partition("_sft_")[0]
     first = [f"{stem}_{stage}_4bit_final" for stage in ("sft", "sft_more", "dpo")]
     assert names == first + [f"seed3408/{name}" for name in first]
     assert [run.settings.seed for run in planned] == [3407] * 3 + [3408] * 3
     assert planned[4].start == planned[5].start == planned[3].folder
-    assert [run.stage for run in train_dpo.planned_runs(settings_of([*flags, "--sft_adapter", "mine"]))] == [
+    assert [run.stage for run in config.planned_runs(settings_of([*flags, "--sft_adapter", "mine"]))] == [
         *("sft_more", "dpo", "sft_more", "dpo")
     ]
     train_dpo.main([*training_flags, "--seeds", "2", "--stage", "sft"])
@@ -194,11 +194,6 @@ def test_each_further_run_has_its_seed_in_a_folder_of_its_own(training_flags, tm
     train_dpo.main(alone)
     found = load_file(tmp_path / "outputs" / "seed3408" / first[0] / WEIGHTS)
     assert all(torch.equal(found[name], weight) for name, weight in weights_of(alone, "sft").items())
-
-
-@pytest.mark.parametrize(("steps", "seen"), [(0, 0), (1, 4), (2, 8), (3, 10), (4, 14), (6, 20)])
-def test_the_last_step_of_a_pass_sees_what_is_left_of_the_pairs(steps, seen):
-    assert train_dpo.pairs_seen(steps, rows=10, batch=4) == seen
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(training_flags, tmp_path):
@@ -1003,7 +998,7 @@ def test_a_stopped_run_finishes_its_step_saves_it_and_says_how_to_go_on(long_fla
     assert stopped.value.code == 2
     assert "stopped at step 3 of 6, which is saved\nThe same command goes on from there." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
-    assert train_dpo.last_whole_checkpoint(checkpoints_of(flags, "sft")).name == "checkpoint-3"
+    assert last_whole_checkpoint(checkpoints_of(flags, "sft")).name == "checkpoint-3"
     monkeypatch.undo()
     train_dpo.main(flags)
     assert run_of(flags, "sft")["resumed_from_step"] == 3
