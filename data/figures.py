@@ -32,7 +32,7 @@ GREY = "0.45"
 COLOURS = {"sft": "#0072B2", "sft_more": "#009E73", "dpo": "#D55E00", "base": "black"} | dict.fromkeys(BASELINES, GREY)
 OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")  # the rest of the palette (Okabe and Ito 2008), for other arms
 ROLES = {  # of a pair's films
-    "preferred film": {"color": "#009E73", "linestyle": "-"},
+    "preferred film": {"color": "black", "linestyle": "-"},
     "other film": {"color": "0.6", "linestyle": "--"},
 }
 CAPTIONS = {  # of a figure: what it shows

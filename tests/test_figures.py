@@ -65,6 +65,7 @@ def test_measures_are_drawn_with_their_intervals(predictions, figures, name, mea
     arms, axis = metrics_of(predictions)["arms"], axis_of(figures, name)
     shown = [arm for arm in arms if name != "position_bias" or arms[arm]["kind"] == "model"]
     assert [label.get_text() for label in axis.get_yticklabels()] == [arm_name(arm) for arm in shown]
+    assert axis.yaxis_inverted(), "the first arm is on top"
     there = [(row, arms[arm][measure]) for measure in measures for row, arm in enumerate(shown)]
     there = [(row, found) for row, found in there if found["value"] is not None]
     assert len(there) > len(measures)
@@ -109,14 +110,15 @@ def test_every_figure_says_how_many_users_and_runs_it_is_of(predictions, figures
 
 
 def test_every_figure_fits_a_column_and_clips_no_marker(figures):
-    for name, figure in figures.items():
+    extremes = predictions_of(a=np.tile([20.0, 20.0], (20, 1)))  # p(Option A) is 0 and 1, and so is its share
+    for figure in (*figures.values(), draw_reliability(extremes, ["a"])):
         assert figure.get_figwidth() == drawing.WIDTH
         figure.draw_without_rendering()
         for axis in figure.axes:
             inside = axis.get_window_extent()
             for container in axis.containers:
                 for x, y in axis.transData.transform(container.lines[0].get_xydata()):
-                    assert inside.x0 + 2 < x < inside.x1 - 2 and inside.y0 + 2 < y < inside.y1 - 2, name
+                    assert inside.x0 + 2 < x < inside.x1 - 2 and inside.y0 + 2 < y < inside.y1 - 2
 
 
 def test_margins_are_those_of_each_user_over_orders_and_runs(predictions, figures):
@@ -126,9 +128,16 @@ def test_margins_are_those_of_each_user_over_orders_and_runs(predictions, figure
     texts = {text.get_text(): text for text in axis_of(figures, "margins").texts}
     upper_left = f"only DPO right: {((wide['dpo'] > 0) & (wide['sft'] <= 0)).sum()}"
     assert texts[upper_left].get_position() == pytest.approx((0.02, 0.98)), "to the left and up"
-    figures["margins"].draw_without_rendering()
-    at = axis_of(figures, "margins").transData.transform(points.get_offsets())
-    assert not any(text.get_window_extent().contains(*point) for text in texts.values() for point in at)
+
+
+def test_no_point_lies_under_a_label_of_the_margins():
+    corners = np.array([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
+    figure = drawing.draw_margins(predictions_of(sft=corners, dpo=corners[[0, 2, 1, 3]]))
+    figure.draw_without_rendering()
+    [axis] = figure.axes
+    at = axis.transData.transform(axis.collections[0].get_offsets())
+    assert [text.get_text().partition(": ")[2] for text in axis.texts] == ["1"] * 4
+    assert not any(text.get_window_extent().contains(*point) for text in axis.texts for point in at)
 
 
 def test_each_run_is_one_cross_beside_the_mean(predictions, figures):
