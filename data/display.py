@@ -68,10 +68,11 @@ def verdict_text(metrics: dict[str, Any]) -> str:
 
 
 def picture(figure: Any, name: str) -> None:
-    """Display a figure with what it shows as alternative text."""
-    from IPython.display import display
+    """Display a figure, and below it what it shows: JupyterLab takes no alternative text, nbconvert does."""
+    from IPython.display import Markdown, display
 
     display(figure, metadata={"image/png": {"alt": CAPTIONS[name]}})
+    display(Markdown(f"*{CAPTIONS[name]}.*"))
 
 
 # -------------------------------------------------------------------------------------------------- the data

@@ -145,7 +145,8 @@ def test_figures_and_widgets_have_a_text_where_they_are_not_seen(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *what, **how: shown.append((*what, how)))
     display.picture("a figure", "accuracy")
     display.show_widget(ipywidgets.VBox())
-    [(figure, alt), (bundle, _)] = shown
+    [(figure, alt), (caption, _), (bundle, _)] = shown
+    assert caption.data == f"*{CAPTIONS['accuracy']}.*"
     assert figure == "a figure" and alt == {"metadata": {"image/png": {"alt": CAPTIONS["accuracy"]}}}
     assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"].startswith("Run the notebook")
 
