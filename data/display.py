@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import pandas as pd
 from scipy.special import expit
 
+from data.baselines import film_counts
 from data.errors import UserError, printable
+from data.figures import CAPTIONS, arm_name
 from data.files import read_json
 from data.measures import SCHEMA_VERSION
-from data.pairs import ORDERS, Pair, PairsError, other_letter, recommended
+from data.pairs import ORDERS, Pair, PairsError, other_letter, preference_rows, recommended
 from data.predictions import margins_by_user, read_predictions
+from data.verdict import interval_text
 
 BEING_WRITTEN = "… (being written)"  # in place of an answer
+MARKS = {True: ("✓ right", "#00704f"), False: ("✗ wrong", "#b04a00")}  # white on these is read by everybody
 PUBLISHED = (Path("docs/results"), Path("docs/results/small"))
 
 
@@ -48,6 +53,62 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
         raise UserError(f"{folder}/metrics.json is of another version", f"Make it anew with: {command}")
     files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
     return metrics, read_predictions(files[0]) if files else None
+
+
+def verdict_text(metrics: dict[str, Any]) -> str:
+    """What follows from the verdicts, and each verdict with its difference, as Markdown."""
+    if "verdict" not in metrics:
+        return "**No verdict**: there is no arm named sft, or none named dpo."
+    lines = [f"**{metrics['conclusion'][0].upper()}{metrics['conclusion'][1:]}.**", ""]
+    for arm, verdict in (("sft", metrics["verdict"]), (metrics["control"], metrics["control_verdict"])):
+        if arm:
+            points = f"{interval_text(metrics['comparisons'][f'dpo - {arm}'])} points"
+            lines.append(f"- DPO against {arm_name(arm)}: **{verdict}**, {points} of ranking accuracy (95% interval)")
+    return "\n".join(lines)
+
+
+def picture(figure: Any, name: str) -> None:
+    """Display a figure, and below it what it shows: JupyterLab takes no alternative text, nbconvert does."""
+    from IPython.display import Markdown, display
+
+    display(figure, metadata={"image/png": {"alt": CAPTIONS[name]}})
+    display(Markdown(f"*{CAPTIONS[name]}.*"))
+
+
+# -------------------------------------------------------------------------------------------------- the data
+
+
+def films_of(pairs: Sequence[Pair], train: Sequence[Pair]) -> pd.DataFrame:
+    """One row per film of each pair: its role, title, genres, and how many training users watched it."""
+    watched = film_counts(train)
+    roles = {"preferred film": [pair.preferred for pair in pairs], "other film": [pair.other for pair in pairs]}
+    rows = [(role, film.title, film.genres, watched[film.title]) for role, films in roles.items() for film in films]
+    return pd.DataFrame(rows, columns=["role", "title", "genres", "watched"])
+
+
+def described(pairs: Sequence[Pair], train: Sequence[Pair], option_order: str, seed: int) -> dict[str, str]:
+    """What pairs are, in numbers; option_order and seed: how models are shown them."""
+
+    def percent(answers: Iterable[bool]) -> str:
+        return f"{100 * pd.Series(list(answers)).mean():.1f}"
+
+    films, watched = films_of(pairs, train), film_counts(train)
+    popularity = [(watched[pair.preferred.title], watched[pair.other.title]) for pair in pairs]
+    letters = [recommended(row["chosen"]) for row in preference_rows(pairs, option_order, seed)]
+    return {
+        "pairs": f"{len(pairs):,}",
+        "users": f"{len({pair.user_id for pair in pairs}):,}",
+        "different films as options": f"{films['title'].nunique():,}",
+        "genres per film, mean": f"{films['genres'].str.len().mean():.2f}",
+        "preferred film is Option A in the file, %": percent(pair.order == "A" for pair in pairs),
+        "preferred film is Option A as models see it, %": percent(letter == "A" for letter in letters),
+        "preferred film is the more popular one, %": percent(preferred > other for preferred, other in popularity),
+    }
+
+
+def example_of(pairs: Sequence[Pair]) -> Pair:
+    """The first pair whose two films share no genre; the first one where every pair's do."""
+    return next((pair for pair in pairs if not {*pair.preferred.genres} & {*pair.other.genres}), pairs[0])
 
 
 # -------------------------------------------------------------------------------------------------- one user
@@ -86,19 +147,21 @@ def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known:
     """
 
     def named(film: str, extra: str = "") -> str:
-        right = "" if not known else ", <b>right</b>" if film == pair.preferred.title else ", <b>wrong</b>"
-        return html.escape(film) + extra + right
+        mark, colour = MARKS[film == pair.preferred.title]
+        style = f"background-color:{colour}; color:white; white-space:nowrap"
+        badge = f' <b style="{style}">&nbsp;{mark}&nbsp;</b>' if known else ""
+        return html.escape(film) + extra + badge
 
     first, second = ("the film watched next", "the other film") if known else ("film 1", "film 2")
     left = "text-align:left; vertical-align:top"
     lines = ["<p><b>history</b>: " + "; ".join(map(html.escape, pair.history)) + "</p>"]
     for role, film in ((first, pair.preferred), (second, pair.other)):
         lines.append(f"<p><b>{role}</b>: {html.escape(str(film))}</p>")
-    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:6em"></th>')
+    lines.append('<table style="width:100%; table-layout:fixed"><tr><th style="width:7em"></th>')
     lines += [f'<th style="{left}">with {first} as Option {order}</th>' for order in ORDERS]
     lines.append(f'<th style="{left}; width:11em">both orders together</th>')
     for arm, found in rows.groupby("arm", sort=False):
-        lines.append(f'</tr><tr><td style="{left}"><b>{html.escape(arm)}</b></td>')
+        lines.append(f'</tr><tr><td style="{left}"><b>{html.escape(arm_name(arm))}</b></td>')
         for row in found.itertuples():
             shown = {row.order: pair.preferred, other_letter(row.order): pair.other}
             says = recommended(row.answer)
@@ -127,10 +190,11 @@ def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
 def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bool) -> dict[str, list[str]]:
     """pair_ids of the test users who can be shown, by what the arms made of them; live: the arms are loaded.
 
-    Orders and seeds are taken together, and the clearest disagreement comes first.
+    Orders and seeds are taken together, and the clearest disagreement comes first; all users are sorted by name.
     """
     recorded = set() if predictions is None else set(predictions["pair_id"])
-    shown = [pair.pair_id for pair in test if live or pair.pair_id in recorded]
+    by_title = sorted(test, key=lambda pair: pair.preferred.title)
+    shown = [pair.pair_id for pair in by_title if live or pair.pair_id in recorded]
     groups = {"all test users": shown, "SFT right, DPO wrong": [], "DPO right, SFT wrong": []}
     margins = pd.DataFrame() if predictions is None else margins_by_user(predictions)
     for right, wrong in (("sft", "dpo"), ("dpo", "sft")) if {"sft", "dpo"} <= set(margins) else ():
@@ -138,6 +202,17 @@ def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bo
         by_clearness = (found[wrong] - found[right]).sort_values(kind="stable")
         groups[f"{right.upper()} right, {wrong.upper()} wrong"] = list(by_clearness.index)
     return groups
+
+
+def user_names(test: Sequence[Pair]) -> dict[str, str]:
+    """What to call each user, by pair_id: the film watched next, numbered where several watched the same one."""
+    seen: Counter[str] = Counter()
+    names = {}
+    for pair in test:
+        seen[pair.preferred.title] += 1
+        number = seen[pair.preferred.title]
+        names[pair.pair_id] = pair.preferred.title + (f", user {number}" if number > 1 else "")
+    return names
 
 
 def newest_in(area: Any, pages: Callable[..., Iterable[str]]) -> Callable[..., threading.Thread]:
@@ -175,13 +250,21 @@ def newest_in(area: Any, pages: Callable[..., Iterable[str]]) -> Callable[..., t
     return show
 
 
-def user_picker(pages: Callable[[str], Iterable[str]], groups: dict[str, list[str]]) -> Any:
-    """A widget to choose a group of users and one of them; the HTML of pages(pair_id) stands below."""
+def user_picker(
+    pages: Callable[[str], Iterable[str]], groups: dict[str, list[str]], names: dict[str, str], first: str
+) -> Any:
+    """A widget to choose a group of users and one of them; the HTML of pages(pair_id) stands below.
+
+    groups: pair_ids by a group's name, the first group that of all users; first: the one who is shown at the start.
+    """
     import ipywidgets as widgets
 
-    options = [(f"{name} ({len(users):,})", users) for name, users in groups.items() if users]
+    by_group = {name: [(names[user], user) for user in users] for name, users in groups.items() if users}
+    options = [(f"{name} ({len(users):,})", users) for name, users in by_group.items()]
     group = widgets.Dropdown(description="users", options=options)
-    user, area = widgets.Dropdown(description="user", options=group.value), widgets.Output()
+    wide = {"layout": widgets.Layout(width="32em"), "style": {"description_width": "initial"}}
+    user = widgets.Dropdown(description="watched next", options=group.value, value=first, **wide)
+    area = widgets.Output()
     show = newest_in(area, pages)
     group.observe(lambda change: setattr(user, "options", change["new"]), "value")
     user.observe(lambda change: show(change["new"]), "value")
@@ -208,3 +291,11 @@ def own_pair_box(pages: Callable[..., Iterable[str]], history: Sequence[str], *t
 
     button.on_click(compare)
     return widgets.VBox([titles, *films, button, area])
+
+
+def show_widget(box: Any) -> None:
+    """Display a widget, or a line in its place where there is no kernel to move it."""
+    from IPython.display import display
+
+    text = {"text/plain": "Run the notebook to use the pickers: a static view cannot show them."}
+    display(box._repr_mimebundle_() | text, raw=True)

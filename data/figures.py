@@ -1,4 +1,4 @@
-"""Every drawing, one function per figure: of the width of a column, readable in print."""
+"""Every drawing, one function per figure: one column wide, readable in print, one name and colour for an arm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,58 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.special import expit
+from statsmodels.stats.proportion import proportion_confint
 
+from data.baselines import BASELINES
 from data.files import whole_folder
 from data.predictions import margins_by_user
 
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+WIDTH = 3.5  # inches: a column of a paper
+LINES = {"capsize": 2, "linewidth": 1}  # of intervals
+ARM_NAMES = {  # what a reader calls an arm; any other keeps its own name
+    "sft": "SFT",
+    "sft_more": "SFT, continued",
+    "dpo": "DPO",
+    "base": "base model",
+    "learned": "logistic regression",
+}
+GREY = "0.45"
+COLOURS = {"sft": "#0072B2", "sft_more": "#009E73", "dpo": "#D55E00", "base": "black"} | dict.fromkeys(BASELINES, GREY)
+OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")  # the rest of the palette (Okabe and Ito 2008), for other arms
+ROLES = {  # of a pair's films
+    "preferred film": {"color": "black", "linestyle": "-"},
+    "other film": {"color": "0.6", "linestyle": "--"},
+}
+CAPTIONS = {  # of a figure: what it shows
+    "accuracy": "Ranking and response accuracy of each arm, with 95% intervals; the line is chance",
+    "position_bias": "Position bias of each model, with 95% intervals; the line is no bias",
+    "margins": "Decision margin of each test user under SFT (across) and DPO (up)",
+    "reliability": "How often Option A is right against its probability, one panel per model",
+    "popularity": "Ranking accuracy where the preferred film is the more, the less or similarly popular",
+    "seeds": "Ranking accuracy of each training run (crosses), and the mean with its 95% interval (points)",
+    "genres": "Share of the preferred and of the other films that have each genre",
+    "watched": "How many training users watched the preferred and the other films, as cumulative shares",
+    "losses": "The training log: loss and, for DPO, log-probabilities, reward margin and accuracy by step",
+}
 
 
+def arm_name(arm: str) -> str:
+    """An arm's name for a reader; that of a second precision ends in its bits."""
+    name, at, precision = arm.partition("@")
+    return ARM_NAMES.get(name, name) + (f", {precision.replace('bit', '-bit')}" if at else "")
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and filling of each arm's marker: hollow in a second precision, which keeps the arm's colour."""
+    names = [arm.partition("@")[0] for arm in arms]
+    others = [name for name in dict.fromkeys(names) if name not in COLOURS]
+    colours = COLOURS | {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)}
+    hollow = {True: {"markerfacecolor": "white"}, False: {}}
+    return {arm: {"color": colours[name]} | hollow["@" in arm] for arm, name in zip(arms, names, strict=True)}
+
+
+@rc_context(STYLE)
 def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[str, Figure]:
     """Every figure that these results allow, by name; without predictions, those that metrics.json holds."""
     everyone = list(metrics["arms"])
@@ -26,8 +71,8 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
     both = {"ranking_accuracy": "ranking", "response_accuracy": "response"}
     popular = {
         "accuracy_with_popularity": "preferred film more popular",
-        "accuracy_against_popularity": "less popular",
-        "accuracy_similar_popularity": "within a factor of 2",
+        "accuracy_against_popularity": "less",
+        "accuracy_similar_popularity": "similar",
     }
     figures = {
         "accuracy": draw_measures(metrics, everyone, both, "accuracy, %", 50),
@@ -40,120 +85,239 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
             figures["margins"] = draw_margins(predictions)
     if any(measures["seeds"] > 1 for measures in metrics["arms"].values()):
         figures["seeds"] = draw_seeds(metrics)
+    for name, figure in figures.items():
+        intervals = "" if name == "margins" else "; 95% intervals"
+        figure.supxlabel(sample_text(metrics) + intervals, fontsize=7, color=GREY)
     return figures
 
 
+def sample_text(metrics: dict[str, Any]) -> str:
+    """How many users and training runs results are from."""
+    trained = {arm: found for arm, found in metrics["arms"].items() if arm.partition("@")[0] != "base"}
+    runs = sorted({found["seeds"] for found in trained.values() if found["kind"] == "model"})
+    counts = " to ".join(map(str, dict.fromkeys([*runs[:1], *runs[-1:]])))
+    per_arm = f", {counts} training run{'' if counts == '1' else 's'} per arm" if runs else ""
+    return f"{metrics['users']:,} users{per_arm}"
+
+
+@rc_context(STYLE)
 def plot_all(predictions: pd.DataFrame | None, metrics: dict[str, Any], folder: Path) -> None:
     """Write every figure that these results allow as PNG and PDF into a folder, whole or not at all."""
-    with rc_context(STYLE), whole_folder(folder) as made:
+    with whole_folder(folder) as made:
         for name, figure in draw_all(predictions, metrics).items():
             for ending in ("png", "pdf"):
                 figure.savefig(made / f"{name}.{ending}", dpi=200)
 
 
-def new_figure(height: float, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure, and its axis or its row of axes; height in inches."""
-    figure = Figure(figsize=(3.5 * columns, height), layout="constrained")
-    return figure, figure.subplots(ncols=columns)
+def new_figure(height: float, rows: int = 1, columns: int = 1, share: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure of a column's width, and its axes, (rows, columns); height in inches."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=share, sharey=share and columns > 1, squeeze=False)
+    for axis in axes.flat:  # ticks made later, when STYLE may be gone
+        axis.tick_params(labelsize=STYLE["font.size"])
+    return figure, axes
+
+
+def figure_of_arms(arms: Sequence[str], axis_label: str, middle: float) -> tuple[Figure, Any]:
+    """A figure with one row per arm and a line at the middle, and its axis."""
+    figure, [[axis]] = new_figure(0.28 * len(arms) + 1.1)
+    axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
+    axis.set(yticks=range(len(arms)), yticklabels=map(arm_name, arms), xlabel=axis_label, ylim=(len(arms) - 0.5, -0.5))
+    return figure, axis
+
+
+def spread(found: dict[str, float]) -> list[list[float]]:
+    """How far an interval reaches to either side of its value, as errorbar takes it."""
+    return [[abs(found["value"] - found[end])] for end in ("low", "high")]
 
 
 def draw_measures(
     metrics: dict[str, Any], arms: Sequence[str], measures: dict[str, str], axis_label: str, middle: float
 ) -> Figure:
     """One row per arm: measures, {name: label}, with their 95% intervals."""
-    figure, axis = new_figure(0.28 * len(arms) + 0.9)
+    figure, axis = figure_of_arms(arms, axis_label, middle)
+    styles, drawn = arm_styles([*metrics["arms"]]), {}
     for number, (measure, label) in enumerate(measures.items()):
-        shown = [(row, metrics["arms"][arm][measure]) for row, arm in enumerate(arms)]
-        shown = [(row, found) for row, found in shown if found["value"] is not None]
-        if not shown:
-            continue
-        centre = np.array([found["value"] for _, found in shown])
-        spread = np.abs(np.array([[found["low"], found["high"]] for _, found in shown]).T - centre)
-        rows = np.array([row for row, _ in shown]) + 0.24 * (number - (len(measures) - 1) / 2)
-        style = {"fmt": "os^"[number], "color": ["black", "0.55", "0.75"][number], "capsize": 2, "markersize": 3.5}
-        axis.errorbar(centre, rows, xerr=spread, label=label, linewidth=1, **style)
-    axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"{axis_label} (95% interval)")
-    axis.invert_yaxis()
+        marker = {"marker": "os^"[number], "markersize": 4, "linestyle": ""} | (
+            {"markerfacecolor": "white"} if number else {}
+        )
+        for row, arm in enumerate(arms):
+            found, place = metrics["arms"][arm][measure], row + 0.24 * (number - (len(measures) - 1) / 2)
+            if found["value"] is not None:
+                axis.errorbar(found["value"], place, xerr=spread(found), **LINES, **styles[arm] | marker)
+                drawn[label] = axis.plot([], [], color="black", **marker)[0]
     if len(measures) > 1:
-        figure.legend(loc="outside upper center", ncols=2)
+        figure.legend([*drawn.values()], [*drawn], loc="outside upper center", ncols=3)
     return figure
 
 
 def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """How often Option A is right against p(Option A), in 15 bins; the diagonal is perfect calibration."""
-    figure, axis = new_figure(3.0)
-    axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
-    own = predictions[predictions["history"] == "own"]
-    for number, arm in enumerate(arms):
+    """How often Option A is right against p(Option A), in 15 bins; the diagonal is perfect calibration.
+
+    Intervals are Wilson's for as many independent answers as a bin has users, who are ten at least.
+    """
+    columns, rows = min(2, len(arms)), -(-len(arms) // 2)
+    figure, axes = new_figure(0.7 + 1.4 * rows + 1.2 * (columns == 1), rows, columns, share=True)
+    own, styles = predictions[predictions["history"] == "own"], arm_styles(arms)
+    for axis in axes.flat[len(arms) :]:
+        axis.set_axis_off()
+    for number, (axis, arm) in enumerate(zip(axes.flat, arms, strict=False)):
         rows = own[own["arm"] == arm]
         is_a = (rows["order"] == "A").to_numpy()
         p_a = expit(rows["decision_margin"].to_numpy() * np.where(is_a, 1, -1))
-        bins = pd.DataFrame({"p": p_a, "right": is_a}).groupby(np.minimum((p_a * 15).astype(int), 14))
-        bins = bins.agg(p=("p", "mean"), right=("right", "mean"), count=("p", "size"))
-        bins = bins[bins["count"] >= 10]
-        error = 1.96 * np.sqrt(bins["right"] * (1 - bins["right"]) / bins["count"])
-        style = {"marker": "os^Dv"[number % 5], "linestyle": ["-", "--", ":", "-."][number % 4], "markersize": 3.5}
-        axis.errorbar(bins["p"], bins["right"], yerr=error, label=arm, capsize=2, linewidth=1, **style)
-    axis.set(xlabel="p(Option A)", ylabel="share of times that Option A is right", xlim=(0, 1), ylim=(0, 1))
-    figure.legend(loc="outside upper center", ncols=3)
+        bins = pd.DataFrame({"p": p_a, "right": is_a, "user": rows["user_id"].to_numpy()})
+        bins = bins.groupby(np.minimum((p_a * 15).astype(int), 14))
+        bins = bins.agg(p=("p", "mean"), right=("right", "mean"), users=("user", "nunique"))
+        bins = bins[bins["users"] >= 10]
+        low, high = proportion_confint(bins["right"] * bins["users"], bins["users"], method="wilson")
+        error = np.abs([bins["right"] - low, high - bins["right"]])
+        axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
+        axis.errorbar(bins["p"], bins["right"], yerr=error, fmt="o-", markersize=3.5, **LINES, **styles[arm])
+        axis.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_title(arm_name(arm), fontsize=8)
+        if number >= len(arms) - columns:  # nothing below it
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("p(Option A)")
+    figure.supylabel("share of times that Option A is right", fontsize=8)
     return figure
 
 
 def draw_margins(predictions: pd.DataFrame) -> Figure:
-    """Decision margins of DPO against SFT, one point per user (mean over orders and seeds)."""
+    """Decision margins of DPO against SFT, one point per pair (mean over orders and seeds)."""
     wide = margins_by_user(predictions)
-    figure, axis = new_figure(3.2)
-    axis.scatter(wide["sft"], wide["dpo"], s=6, color="black", alpha=0.35, linewidths=0)
+    figure, [[axis]] = new_figure(3.4)
+    sft, dpo = (wide["sft"] > 0).to_numpy(), (wide["dpo"] > 0).to_numpy()
+    corners = {  # SFT right, DPO right: text, colour
+        (False, True): ("only DPO right", COLOURS["dpo"]),
+        (True, True): ("both right", "0.3"),
+        (False, False): ("both wrong", "0.55"),
+        (True, False): ("only SFT right", COLOURS["sft"]),
+    }
+    colours = [corners[right][1] for right in zip(sft, dpo, strict=True)]
+    axis.scatter(wide["sft"], wide["dpo"], s=7, c=colours, alpha=0.5, linewidths=0)
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-    corners = {"only DPO right": (0, 1), "both right": (1, 1), "both wrong": (0, 0), "only SFT right": (1, 0)}
-    for text, (right, top) in corners.items():
-        place = {"ha": "right" if right else "left", "va": "top" if top else "bottom", "color": "0.4"}
-        axis.text(0.02 + 0.96 * right, 0.02 + 0.96 * top, text, transform=axis.transAxes, **place)
+    for (right, top), (text, colour) in corners.items():
+        place = {"ha": "right" if right else "left", "va": "top" if top else "bottom", "color": colour}
+        count = ((sft == right) & (dpo == top)).sum()
+        axis.text(0.02 + 0.96 * right, 0.02 + 0.96 * top, f"{text}: {count:,}", transform=axis.transAxes, **place)
+    axis.margins(y=0.14)  # room for the corners' texts
     axis.set(xlabel="SFT: decision margin, mean of both orders (nats)", ylabel="DPO: decision margin (nats)")
     return figure
 
 
 def draw_seeds(metrics: dict[str, Any]) -> Figure:
-    """Ranking accuracy of each training run."""
-    accuracy = {arm: measures["ranking_accuracy"].get("runs") for arm, measures in metrics["arms"].items()}
-    accuracy = {arm: [*runs.values()] for arm, runs in accuracy.items() if runs}
-    figure, axis = new_figure(0.28 * len(accuracy) + 0.8)
-    rows = np.repeat(range(len(accuracy)), [len(values) for values in accuracy.values()])
-    axis.scatter(np.concatenate([*accuracy.values()]), rows, s=16, facecolors="none", edgecolors="black")
-    axis.axvline(50, color="0.8", linewidth=0.8, zorder=0)
-    axis.set(yticks=range(len(accuracy)), yticklabels=accuracy, xlabel="ranking accuracy of each training run, %")
-    axis.invert_yaxis()
+    """Ranking accuracy of each training run, and above it their mean with its 95% interval."""
+    accuracy = {arm: measures["ranking_accuracy"] for arm, measures in metrics["arms"].items()}
+    styles, accuracy = arm_styles([*accuracy]), {arm: found for arm, found in accuracy.items() if found.get("runs")}
+    figure, axis = figure_of_arms([*accuracy], "ranking accuracy, %", 50)
+    for row, (arm, found) in enumerate(accuracy.items()):
+        axis.errorbar(found["value"], row - 0.14, xerr=spread(found), fmt="o", markersize=4, **LINES, **styles[arm])
+        axis.plot([*found["runs"].values()], [row + 0.18] * len(found["runs"]), "x", markersize=4, **styles[arm])
+    legend = {"mean and 95% interval": "o", "one training run": "x"}
+    shown = [axis.plot([], [], marker, color="black", markersize=4)[0] for marker in legend.values()]
+    figure.legend(shown, [*legend], loc="outside upper center", ncols=2)
     return figure
 
 
+@rc_context(STYLE)
+def draw_ablation(
+    points: dict[str, dict[str, dict[str, float]]],
+    default: str,
+    setting: str,
+    axis_label: str = "ranking accuracy, %",
+    caption: str = "",
+) -> Figure:
+    """Arms over the values of one setting, with their 95% intervals; the default is shaded and named.
+
+    Args:
+        points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
+        caption: how many users and runs they are from, as `sample_text` says it.
+    """
+    arms = list(dict.fromkeys(arm for found in points.values() for arm in found))
+    long = sum(map(len, points)) + 2 * len(points) > 44  # characters that fit beside each other
+    figure, [[axis]] = new_figure(3 if long else 2.4)
+    for number, (arm, style) in enumerate(arm_styles(arms).items()):
+        shown = [(place, found[arm]) for place, found in enumerate(points.values()) if arm in found]
+        shown = [(place, found) for place, found in shown if found["value"] is not None]
+        if shown:
+            at = [place + 0.14 * (number - (len(arms) - 1) / 2) for place, _ in shown]
+            error = np.hstack([spread(found) for _, found in shown])
+            marker = {"fmt": "so^Dv"[number % 5], "markersize": 4, "label": arm_name(arm)}
+            axis.errorbar(at, [found["value"] for _, found in shown], yerr=error, **marker, **LINES, **style)
+    place, labels = [*points].index(default), [f"{label}\n(default)" if label == default else label for label in points]
+    axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
+    axis.set(xticks=range(len(points)), xlim=(-0.5, len(points) - 0.5), xlabel=setting, ylabel=axis_label)
+    axis.set_xticklabels(labels, **({"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}))
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.supxlabel(caption, fontsize=7, color=GREY)
+    return figure
+
+
+@rc_context(STYLE)
 def draw_losses(history: Sequence[dict[str, float]], stage: str) -> Figure:
     """A training log: loss on training and held-out pairs and, for DPO, log p of the responses, reward margin and
     reward accuracy. A line at ln 2 is the loss of a policy that is its reference."""
     panels = {"loss": {"loss": ""}}
     if stage == "dpo":
         panels |= {
-            "log p of the response (nats)": {"logps/chosen": "chosen, ", "logps/rejected": "rejected, "},
+            "log p (nats)": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
             "reward margin (nats)": {"rewards/margins": ""},
             "reward accuracy": {"rewards/accuracies": ""},
         }
-    figure, axes = new_figure(2.8, len(panels))
-    axes = np.atleast_1d(axes)
+    figure, axes = new_figure(0.8 + 1.4 * len(panels), len(panels), share=True)
+    axes = axes[:, 0]
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-        for (name, what), color in zip(lines.items(), ("tab:blue", "tab:orange"), strict=False):
+        for (name, what), color in zip(lines.items(), ("black", OTHERS[0]), strict=False):
             for prefix, style, who in (("", "-", "training"), ("eval_", "o--", "held out")):
                 points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
                 if points:
-                    shade = "black" if prefix and not what else color
-                    axis.plot(*zip(*points, strict=True), style, color=shade, label=what + who, markersize=4)
-        axis.set(xlabel="step", ylabel=label)
+                    look = {"color": color, "alpha": 1 if prefix else 0.5, "linewidth": 1, "markersize": 3}
+                    axis.plot(*zip(*points, strict=True), style, label=what or who, **look)
+        axis.set_ylabel(label)
+        axis.margins(x=0.02)
+    axes[-1].set_xlabel("step")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if stage == "dpo":
         axes[0].axhline(math.log(2), color="0.7", linewidth=0.8, zorder=0, label="ln 2")
-        if axes[1].lines:
-            axes[1].legend(frameon=False)
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):  # the first steps would flatten the rest
         axes[0].set_yscale("log")
-    axes[0].legend(frameon=False)
+    for axis in axes[:2]:  # the others' lines are those of the first
+        lines = {line.get_label(): line for line in axis.lines}
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 3}
+        axis.legend([*lines.values()], [*lines], **above)
+    return figure
+
+
+@rc_context(STYLE)
+def draw_genres(films: pd.DataFrame) -> Figure:
+    """How many of the preferred and of the other films have each genre, the most frequent one on top.
+
+    films: one row per film of a pair: role (preferred or other film), genres.
+    """
+    each = films.explode("genres")
+    shares = 100 * pd.crosstab(each["genres"], each["role"]) / films["role"].value_counts()
+    shares = shares.loc[shares.sum(axis=1).sort_values().index]
+    figure, [[axis]] = new_figure(0.22 * len(shares) + 0.9)
+    for shift, (role, look) in zip((0.2, -0.2), ROLES.items(), strict=True):
+        axis.barh(np.arange(len(shares)) + shift, shares[role], 0.4, label=role, color=look["color"])
+    axis.set(yticks=range(len(shares)), yticklabels=shares.index, xlabel="share of the films that have the genre, %")
+    axis.margins(y=0.01)
+    axis.legend(loc="lower right")
+    return figure
+
+
+@rc_context(STYLE)
+def draw_watched(films: pd.DataFrame) -> Figure:
+    """Share of the films that at most so many training users watched.
+
+    films: one row per film of a pair: role (preferred or other film), watched (training users).
+    """
+    figure, [[axis]] = new_figure(2.6)
+    for role, look in ROLES.items():
+        axis.ecdf(films.loc[films["role"] == role, "watched"], label=role, **look)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="training users who watched the film, at most", ylabel="share of the films", xlim=(0, None))
+    axis.legend(loc="upper left")
     return figure

@@ -1,6 +1,7 @@
 """What the notebook shows: results, one user under every arm, and pickers."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,14 @@ import config
 import evaluate_dpo
 from data import display
 from data.errors import UserError
-from data.measures import SCHEMA_VERSION
+from data.figures import CAPTIONS
+from data.measures import SCHEMA_VERSION, compute_metrics
 from data.pairs import PairsError, make_pair, preference_row, write_pairs
 from data.predictions import MARGINS, genre_pattern, read_predictions
 from data.runs import training_runs
+from data.verdict import judge
+
+HISTORY = ["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +58,7 @@ def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):
 
 
 def test_one_user_is_shown_escaped_with_the_cited_genres_marked():
-    history = ["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"]
-    pair = make_pair(history, ("X & Y (1995)", "War|R&B"), ("Z (1996)", "Drama"))
+    pair = make_pair(HISTORY, ("X & Y (1995)", "War|R&B"), ("Z (1996)", "Drama"))
     rows = display.choices("dpo", pair, [1.0, 2.0])
     assert list(rows["letter"]) == ["A", "B"] and set(rows["film"]) == {"X & Y (1995)"}
     recommends = "The better recommendation is Option A. Reasoning: <i> War, R&B, not Drama <script>"
@@ -62,13 +66,16 @@ def test_one_user_is_shown_escaped_with_the_cited_genres_marked():
     genres = genre_pattern([pair])
     shown = display.choices_html(pair, rows, genres)
     assert "&lt;b&gt;One&lt;/b&gt; (1990)" in shown and "&lt;script&gt;" in shown
-    assert "X &amp; Y (1995) (p = 0.73), <b>right</b>" in shown
+    assert re.findall("X &amp; Y .*? \\(p = 0.73\\) <b style=[^>]*>&nbsp;(.*?)&nbsp;</b>", shown) == ["✓ right"]
+    assert "<b>DPO</b>" in shown, "the arm's readable name"
     assert "&lt;i&gt; <b>War</b>, <b>R&amp;B</b>, not <u>Drama</u>" in shown and "I like <u>Drama</u>." in shown
-    assert "<b>right" not in display.choices_html(pair, rows, genres, known=False)
+    own = display.choices_html(pair, rows, genres, known=False)
+    assert "right" not in own and "wrong" not in own
     torn = display.choices("sft", pair, [-1.0, 0.5])
     assert list(torn["letter"]) == ["B", "B"] and list(torn["film"]) == ["Z (1996)", "X & Y (1995)"]
     both_orders = display.choices_html(pair, torn, genres).rpartition("<td")[2]
-    assert both_orders.count("Z (1996), <b>wrong</b>") == 1
+    assert re.findall(r"Z \(1996\) <b style=.*?background-color:(\S+);.*?✗ wrong", both_orders) == ["#b04a00"]
+    assert "#b04a00" not in shown, "right choices have another colour"
 
 
 def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_first():
@@ -76,7 +83,8 @@ def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_firs
     dpo = np.array([[-1.0, -1], [2, 2], [3, 1], [-1, -1]])
     rows = predictions_of(sft=sft, dpo=dpo)
     test = make_pairs(4)
-    users = [pair.pair_id for pair in test]
+    users = [pair.pair_id for pair in test]  # by their preferred films' titles, too
+    test = [test[number] for number in (2, 0, 3, 1)]
     groups = display.user_groups(test, rows, live=False)
     assert groups == {
         "all test users": users,
@@ -87,6 +95,60 @@ def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_firs
     assert display.user_groups(test, without_one, live=False)["SFT right, DPO wrong"] == [users[3]]
     assert display.user_groups(test, None, live=True)["all test users"] == users
     assert not any(display.user_groups(test, None, live=False).values())
+
+
+def test_users_are_named_by_what_they_watched_next_each_by_another_name():
+    test = make_pairs(24)  # of 11 films
+    names = display.user_names(test)
+    assert len({*names.values()}) == 24
+    assert names[test[3].pair_id] == "Film 3, The (1994)" and names[test[14].pair_id] == "Film 3, The (1994), user 2"
+
+
+def test_the_example_is_of_two_films_that_share_no_genre():
+    alike = make_pair(HISTORY, ("X (1995)", "War|Comedy"), ("Y (1996)", "War"))
+    unlike = make_pair(HISTORY, ("X (1995)", "War|Comedy"), ("Z (1996)", "Drama"))
+    assert display.example_of([alike, unlike]) is unlike and display.example_of([alike]) is alike
+
+
+def test_the_verdict_is_told_with_each_comparison_and_only_where_there_is_one():
+    metrics = judge(compute_metrics(predictions_of(sft=np.ones((20, 2)), dpo=np.ones((20, 2)))))
+    conclusion, _, line = display.verdict_text(metrics).splitlines()
+    assert conclusion.startswith("**") and metrics["conclusion"][1:] in conclusion
+    assert line.startswith(f"- DPO against SFT: **{metrics['verdict']}**, ")
+    assert line.endswith("0.0 [-5.0, +5.0] points of ranking accuracy (95% interval)")
+    right = np.ones((9, 2))
+    metrics = judge(compute_metrics(predictions_of(sft=right, sft_more=-right, dpo=right)))
+    control = display.verdict_text(metrics).splitlines()[-1]
+    assert control.startswith(f"- DPO against SFT, continued: **{metrics['control_verdict']}**, +100.0 [")
+    assert "No verdict" in display.verdict_text(judge(compute_metrics(predictions_of(dpo=right))))
+
+
+def test_the_pairs_are_described_as_they_are():
+    train = make_pairs(60)
+    found = display.described(train[:20], train, "both", 0)
+    assert found == {
+        "pairs": "20",
+        "users": "20",
+        "different films as options": str(len({film.title for p in train[:20] for film in (p.preferred, p.other)})),
+        "genres per film, mean": "1.50",
+        "preferred film is Option A in the file, %": "80.0",
+        "preferred film is Option A as models see it, %": "50.0",
+        "preferred film is the more popular one, %": "100.0",
+    }
+    films = display.films_of(train[:20], train)
+    assert list(films["role"].value_counts()) == [20, 20]
+    assert dict(zip(films["title"], films["watched"], strict=True))[train[0].preferred.title] == 6, "0, 11, …, 55 of 60"
+
+
+def test_figures_and_widgets_have_a_text_where_they_are_not_seen(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *what, **how: shown.append((*what, how)))
+    display.picture("a figure", "accuracy")
+    display.show_widget(ipywidgets.VBox())
+    [(figure, alt), (caption, _), (bundle, _)] = shown
+    assert caption.data == f"*{CAPTIONS['accuracy']}.*"
+    assert figure == "a figure" and alt == {"metadata": {"image/png": {"alt": CAPTIONS["accuracy"]}}}
+    assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"].startswith("Run the notebook")
 
 
 def page_in(area):
@@ -103,15 +165,16 @@ def wait_for(area, text):
 
 def test_picking_a_user_shows_that_user():
     groups = {"all": ["u1", "u2", "u3"], "none": [], "some": ["u3", "u2"]}
-    picker = display.user_picker(lambda user: [f"first {user}", user], groups)
+    names = {"u1": "Heat", "u2": "Alien", "u3": "Fargo"}
+    picker = display.user_picker(lambda user: [f"first {user}", user], groups, names, "u2")
     (group, user), area = picker.children[0].children, picker.children[1]
     assert [label for label, _ in group.options] == ["all (3)", "some (2)"]
-    wait_for(area, "u1")
-    user.value = "u2"
     wait_for(area, "u2")
+    user.label = "Heat"
+    wait_for(area, "u1")
     group.index = 1
     wait_for(area, "u3")
-    assert list(user.options) == ["u3", "u2"]
+    assert list(user.options) == [("Fargo", "u3"), ("Alien", "u2")]
 
 
 def test_a_second_pick_ends_what_the_first_one_shows():

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from conftest import predictions_of
 
-from data.figures import draw_all, draw_losses, draw_reliability, plot_all
+from data import figures as drawing
+from data.figures import arm_name, draw_all, draw_losses, draw_reliability, plot_all
 from data.measures import compute_metrics
 from data.predictions import margins_by_user
 from data.verdict import judge
@@ -62,39 +63,104 @@ def test_every_figure_is_drawn_that_the_results_allow(predictions, figures):
 )
 def test_measures_are_drawn_with_their_intervals(predictions, figures, name, measures):
     arms, axis = metrics_of(predictions)["arms"], axis_of(figures, name)
-    shown = [label.get_text() for label in axis.get_yticklabels()]
-    assert shown == [arm for arm in arms if name != "position_bias" or arms[arm]["kind"] == "model"]
-    for container, measure in zip(axis.containers, measures, strict=True):
-        rows = [row for row, arm in enumerate(shown) if arms[arm][measure]["value"] is not None]
+    shown = [arm for arm in arms if name != "position_bias" or arms[arm]["kind"] == "model"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [arm_name(arm) for arm in shown]
+    assert axis.yaxis_inverted(), "the first arm is on top"
+    there = [(row, arms[arm][measure]) for measure in measures for row, arm in enumerate(shown)]
+    there = [(row, found) for row, found in there if found["value"] is not None]
+    assert len(there) > len(measures)
+    for container, (row, found) in zip(axis.containers, there, strict=True):
         points, _, (bars,) = container.lines
-        values, at = points.get_data()
-        assert list(np.round(at)) == rows and len(rows) >= 2
-        for row, value, bar in zip(rows, values, bars.get_segments(), strict=True):
-            found = arms[shown[row]][measure]
-            assert (value, *bar[:, 0]) == pytest.approx((found["value"], found["low"], found["high"]))
+        [value], [at] = points.get_data()
+        [bar] = bars.get_segments()
+        assert round(at) == row
+        assert (value, *bar[:, 0]) == pytest.approx((found["value"], found["low"], found["high"]))
+
+
+def test_an_arm_has_one_name_and_colour_in_every_figure(predictions):
+    """Also beside arms that nobody knows, and in a second precision, where its marker is hollow."""
+    again = predictions[predictions["arm"] == "dpo"]
+    rows = pd.concat([predictions, again.assign(arm="dpo@16bit"), again.assign(arm="mine")])
+    figures = draw_all(rows, metrics_of(rows))
+    markers = {}
+    for name in ("accuracy", "position_bias", "seeds"):
+        axis = axis_of(figures, name)
+        names = [label.get_text() for label in axis.get_yticklabels()]
+        for container in axis.containers[: len(names)]:
+            [at], line = container.lines[0].get_ydata(), container.lines[0]
+            markers.setdefault(names[round(at)], set()).add((line.get_color(), line.get_markerfacecolor()))
+    for axis in figures["reliability"].axes:
+        if axis.containers:
+            line = axis.containers[0].lines[0]
+            markers[axis.get_title()].add((line.get_color(), line.get_markerfacecolor()))
+    assert [*markers] == ["popularity", "SFT", "DPO", "DPO, 16-bit", "mine"]
+    assert all(len(found) == 1 for found in markers.values()), "the same in every figure"
+    colours = {name: colour for name, found in markers.items() for colour, _ in found}
+    assert colours["DPO"] == colours["DPO, 16-bit"] and markers["DPO, 16-bit"] == {(colours["DPO"], "white")}
+    assert len({*colours.values()}) == 4
+
+
+def test_every_figure_says_how_many_users_and_runs_it_is_of(predictions, figures):
+    said = {name: figure.get_supxlabel() for name, figure in figures.items()}
+    assert {*said.values()} == {"60 users, 1 to 2 training runs per arm" + end for end in ("", "; 95% intervals")}
+    assert said["margins"] == "60 users, 1 to 2 training runs per arm", "it has no intervals"
+    one_run = predictions[predictions["seed"].isin(["", "1"])]
+    assert draw_all(None, metrics_of(one_run))["accuracy"].get_supxlabel().startswith("60 users, 1 training run per")
+    assert {*drawing.CAPTIONS} == {*figures, "genres", "watched", "losses"}
+
+
+def test_every_figure_fits_a_column_and_clips_no_marker(figures):
+    extremes = predictions_of(a=np.tile([20.0, 20.0], (20, 1)))  # p(Option A) is 0 and 1, and so is its share
+    for figure in (*figures.values(), draw_reliability(extremes, ["a"])):
+        assert figure.get_figwidth() == drawing.WIDTH
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            inside = axis.get_window_extent()
+            for container in axis.containers:
+                for x, y in axis.transData.transform(container.lines[0].get_xydata()):
+                    assert inside.x0 + 2 < x < inside.x1 - 2 and inside.y0 + 2 < y < inside.y1 - 2
 
 
 def test_margins_are_those_of_each_user_over_orders_and_runs(predictions, figures):
     [points] = axis_of(figures, "margins").collections
     wide = margins_by_user(predictions)
     assert np.allclose(points.get_offsets(), wide[["sft", "dpo"]])
-    texts = {text.get_text(): text.get_position() for text in axis_of(figures, "margins").texts}
-    assert texts["only DPO right"] == pytest.approx((0.02, 0.98)), "to the left and up"
+    texts = {text.get_text(): text for text in axis_of(figures, "margins").texts}
+    upper_left = f"only DPO right: {((wide['dpo'] > 0) & (wide['sft'] <= 0)).sum()}"
+    assert texts[upper_left].get_position() == pytest.approx((0.02, 0.98)), "to the left and up"
 
 
-def test_each_run_is_one_circle(predictions, figures):
+def test_no_point_lies_under_a_label_of_the_margins():
+    corners = np.array([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
+    figure = drawing.draw_margins(predictions_of(sft=corners, dpo=corners[[0, 2, 1, 3]]))
+    figure.draw_without_rendering()
+    [axis] = figure.axes
+    at = axis.transData.transform(axis.collections[0].get_offsets())
+    assert [text.get_text().partition(": ")[2] for text in axis.texts] == ["1"] * 4
+    assert not any(text.get_window_extent().contains(*point) for text in axis.texts for point in at)
+
+
+def test_each_run_is_one_cross_beside_the_mean(predictions, figures):
     right = predictions[predictions["kind"] == "model"].assign(right=lambda rows: 100 * (rows["decision_margin"] > 0))
     expected = right.groupby(["arm", "seed"], sort=False)["right"].mean()
-    [points] = axis_of(figures, "seeds").collections
-    assert np.allclose(points.get_offsets()[:, 0], expected) and list(points.get_offsets()[:, 1]) == [0, 1, 1]
+    axis = axis_of(figures, "seeds")
+    crosses = [line.get_xydata() for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    values, rows = np.concatenate(crosses).T
+    assert np.allclose(values, expected) and list(np.round(rows)) == [0, 1, 1]
+    found = metrics_of(predictions)["arms"]["dpo"]["ranking_accuracy"]
+    points, _, (bars,) = axis.containers[1].lines
+    [bar] = bars.get_segments()
+    assert (*points.get_xdata(), *bar[:, 0]) == pytest.approx((found["value"], found["low"], found["high"]))
 
 
 def test_reliability_shows_how_often_option_a_is_right(figures):
-    sft, dpo = axis_of(figures, "reliability").containers
-    assert (sft.get_label(), dpo.get_label()) == ("sft", "dpo")
-    for container in (sft, dpo):
-        p_a, share = container.lines[0].get_data()
+    assert [axis.get_title() for axis in figures["reliability"].axes] == ["SFT", "DPO"]
+    for axis in figures["reliability"].axes:
+        points, _, (bars,) = axis.containers[0].lines
+        p_a, share = points.get_data()
         assert (np.diff(p_a) > 0).all() and ((share >= 0) & (share <= 1)).all()
+        ends = np.array([bar[:, 1] for bar in bars.get_segments()])
+        assert ((ends[:, 0] <= share) & (share <= ends[:, 1])).all() and (np.ptp(ends, axis=1) > 0.1).all()
         assert len(set((15 * p_a).astype(int))) == len(p_a), "one point per bin"
 
 
@@ -103,6 +169,35 @@ def test_reliability_is_of_option_a_wherever_the_preferred_film_stands():
     axis = draw_reliability(predictions_of(a=np.tile([2.0, -2.0], (20, 1))), ["a"]).axes[0]
     [p_a], [share] = axis.containers[0].lines[0].get_data()
     assert p_a == pytest.approx(1 / (1 + np.exp(-2))) and share == 0.5
+
+
+def test_an_ablation_shows_every_value_with_its_interval_and_marks_the_default():
+    accuracy = {"value": 60.0, "low": 55.0, "high": 66.0}
+    points = {"8": {"sft": accuracy}, "16": {"sft": accuracy | {"value": 62.0}, "dpo": accuracy}, "64": {}}
+    figure = drawing.draw_ablation(points, "16", "LoRA rank", caption="60 users")
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["8", "16\n(default)", "64"]
+    [shaded] = axis.patches
+    assert shaded.get_x() < 1 < shaded.get_x() + shaded.get_width() and figure.get_supxlabel() == "60 users"
+    sft, dpo = axis.containers
+    assert (sft.get_label(), dpo.get_label()) == ("SFT", "DPO")
+    places, values = sft.lines[0].get_data()
+    assert [round(place) for place in places] == [0, 1] and list(values) == [60, 62]
+    assert [list(bar[:, 1]) for bar in sft.lines[2][0].get_segments()] == [[55, 66]] * 2
+    assert [round(place) for place in dpo.lines[0].get_xdata()] == [1]
+
+
+def test_the_films_of_the_pairs_are_drawn_as_they_are():
+    rows = [("preferred film", ("War", "Drama"), 3), ("preferred film", ("War",), 1)]
+    rows += [("other film", ("Drama",), 0), ("other film", ("Drama",), 2)]
+    films = pd.DataFrame(rows, columns=["role", "genres", "watched"])
+    [axis] = drawing.draw_genres(films).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["War", "Drama"], "the most frequent one on top"
+    shares = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axis.containers}
+    assert shares == {"preferred film": [100, 50], "other film": [0, 100]}
+    [axis] = drawing.draw_watched(films).axes
+    shares = {line.get_label(): dict(line.get_xydata()[1:]) for line in axis.lines}
+    assert shares == {"preferred film": {1: 0.5, 3: 1}, "other film": {0: 0.5, 2: 1}}
 
 
 def test_figures_are_written_for_screen_and_print(predictions, tmp_path):
@@ -121,11 +216,10 @@ def test_the_loss_of_sft_is_drawn_so_that_its_end_can_be_read():
 def test_the_log_of_dpo_shows_both_responses_and_the_loss_of_a_policy_that_is_its_reference():
     entry = {"loss": 0.69, "logps/chosen": -40.0, "logps/rejected": -42.0, "eval_logps/chosen": -41.0}
     loss, log_probs, *_ = draw_losses([{"step": step} | entry for step in (1, 2)], "dpo").axes
-    heights = {line.get_label(): line.get_ydata()[0] for line in (*loss.lines, *log_probs.lines)}
-    assert heights["ln 2"] == pytest.approx(np.log(2))
-    shown = ("chosen, training", "rejected, training", "chosen, held out")
-    assert [heights[label] for label in shown] == [-40, -42, -41]
-    assert {text.get_text() for text in log_probs.get_legend().get_texts()} == set(shown)
+    assert {line.get_label(): line.get_ydata()[0] for line in loss.lines}["ln 2"] == pytest.approx(np.log(2))
+    drawn = [(line.get_label(), line.get_linestyle(), line.get_ydata()[0]) for line in log_probs.lines]
+    assert drawn == [("chosen", "-", -40), ("chosen", "--", -41), ("rejected", "-", -42)]
+    assert [text.get_text() for text in log_probs.get_legend().get_texts()] == ["chosen", "rejected"]
 
 
 def test_losses_of_training_and_of_held_out_pairs_are_told_apart():

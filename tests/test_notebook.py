@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections import Counter
+import shutil
 
 import nbformat
 import pytest
@@ -11,6 +11,9 @@ from nbclient import NotebookClient
 
 import config
 from config import EvaluationSettings, TrainingSettings
+from data.figures import CAPTIONS, arm_name
+from data.files import read_json
+from data.report import MAIN_MEASURES
 
 NOTEBOOK = config.ROOT / "dpo_comparison.ipynb"
 
@@ -26,9 +29,10 @@ def complaints(notebook):
 
 
 def texts(cell):
-    """What a cell printed, and what it displayed as HTML, else as text."""
+    """What a cell printed, and what it displayed as HTML or Markdown, else as text."""
     shown = [output.get("data", {}) for output in cell.outputs]
-    displayed = [data.get("text/html", data.get("text/plain", "")) for data in shown]
+    kinds = ("text/html", "text/markdown", "text/plain")
+    displayed = [next((data[kind] for kind in kinds if kind in data), "") for data in shown]
     return "".join(output.get("text", "") + text for output, text in zip(cell.outputs, displayed, strict=True))
 
 
@@ -50,6 +54,39 @@ def test_the_committed_notebook_was_executed_in_order_without_complaint():
     assert notebook.metadata.kernelspec.name == "python3"
     assert NOTEBOOK.stat().st_size < 1_500_000
     assert sum("image/png" in output.data for output in outputs_of(notebook, "display_data")) >= 5
+
+
+def numbers_of(text):
+    return [float(number.replace("−", "-")) for number in re.findall(r"[-−]?\d+(?:\.\d+)?", text)]
+
+
+def test_what_the_committed_notebook_shows_is_what_the_results_hold():
+    """Every cell of its tables of measures; it is executed again whenever the published results change."""
+    shown = {cell.id: texts(cell) for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"}
+    folder = config.ROOT / re.search(r"results shown: (\S+?),", shown["source"])[1]
+    metrics, generation = read_json(folder / "metrics.json"), read_json(folder / "generation.json")
+    columns = table_of(shown["table"])
+    for measure, column in zip(MAIN_MEASURES, columns.values(), strict=True):
+        assert list(column) == [arm_name(arm) for arm in metrics["arms"]]
+        for arm, found in metrics["arms"].items():
+            held = [found[measure][name] for name in ("value", "low", "high") if found[measure][name] is not None]
+            assert numbers_of(column[arm_name(arm)]) == pytest.approx(held, abs=0.0501), (arm, measure)
+    for name, column in table_of(shown["generated"]).items() if generation else ():
+        for arm, found in generation.items():
+            assert float(column[arm_name(arm)]) == pytest.approx(found[name.replace(" ", "_")], abs=5e-4), name
+    for arm in ("sft", metrics["control"]):
+        found = metrics["comparisons"][f"dpo - {arm}"]
+        [told] = re.findall(rf"- DPO against {arm_name(arm)}: \*\*(.*?)\*\*, (.*?) points", shown["source"])
+        held = [found[name] for name in ("value", "low", "high")]
+        assert told[0] == found["verdict"] and numbers_of(told[1]) == pytest.approx(held, abs=0.0501)
+
+
+def test_the_committed_notebook_names_no_place_of_a_machine_and_each_picture_says_what_it_shows():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert not re.search(r"/(tmp|root|home|work|mnt)/", outputs)
+    drawn = [cell for cell in notebook.cells if "image/png" in str(cell.get("outputs"))]
+    assert len(drawn) >= 10 and all(any(f"*{told}.*" in texts(cell) for told in CAPTIONS.values()) for cell in drawn)
 
 
 def test_the_notebook_computes_no_measure():
@@ -75,94 +112,88 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-LOOK = "print(json.dumps([shares.to_dict(), len(axis.lines), len(axis.containers)]))"  # what a figure shows
-
-
 @pytest.fixture(scope="module")
 def executed(evaluated, tmp_path_factory):
-    """Texts by cell of two executions, on an evaluation and without one; where the second wrote; the files before.
+    """Texts by cell of three executions, where the second one wrote, and the files before.
 
-    Both in one kernel: the second time there are neither results nor adapters where it looks.
+    All in one kernel: on an evaluation; where there are neither results nor adapters; and on an evaluation whose
+    adapters are those of the published folder alone, up to where they are loaded.
     """
     elsewhere, before = tmp_path_factory.mktemp("elsewhere"), files_of(config.evaluation_folder(evaluated))
+    own = tmp_path_factory.mktemp("published")
+    shutil.copytree(config.evaluation_folder(evaluated), own / "outputs" / "evaluation")
+    for arm in ("sft", "dpo"):
+        shutil.copytree(config.adapter_folder(evaluated, arm), own / "adapters" / arm)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for name in ("data-genres", "data-popularity"):
-        after = 1 + next(index for index, cell in enumerate(notebook.cells) if cell.id == name)
-        notebook.cells.insert(after, nbformat.v4.new_code_cell(LOOK, id=f"{name}-look"))
-    half = len(notebook.cells)
-    nothing = nbformat.v4.new_code_cell(f"os.environ['DPO_NOTEBOOK_OUTPUTS'] = {str(elsewhere)!r}")
-    notebook.cells += [nothing, *copy.deepcopy(notebook.cells)]
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"{cell.id}-{number}"
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    upto = 1 + next(index for index, cell in enumerate(cells) if cell.id == "load")
+    places = {"own": evaluated.outputs, "none": str(elsewhere), "published": str(own / "outputs")}
+    notebook.cells = []
+    for name, outputs in places.items():
+        part = copy.deepcopy(cells[:upto] if name == "published" else cells)
+        part.insert(0, nbformat.v4.new_code_cell(f"import os; os.environ['DPO_NOTEBOOK_OUTPUTS'] = {outputs!r}"))
+        there = nbformat.v4.new_code_cell(f"ADAPTERS = Path({str(own / 'adapters')!r})", id="there")
+        part[2:2] = [there] if name == "published" else []
+        for cell in part:
+            cell.id = f"{cell.id}-{name}"
+        notebook.cells += part
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("DPO_NOTEBOOK_OUTPUTS", evaluated.outputs)
         patched.setenv("DPO_NOTEBOOK_USERS", "3")
         patched.setenv("OMP_NUM_THREADS", "1")
         NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(config.ROOT)}}).execute()
     assert complaints(notebook) == []
-    parts = (notebook.cells[:half], notebook.cells[half + 1 :])
-    code = [[cell for cell in part if cell.cell_type == "code"] for part in parts]
-    first, second = ({cell.id.rpartition("-")[0]: texts(cell) for cell in part} for part in code)
-    return first, second, elsewhere, before
+    told = {name: {} for name in places}
+    for cell in notebook.cells:
+        name, _, place = cell.id.rpartition("-")
+        told[place][name] = texts(cell)
+    return told, elsewhere, before
 
 
 def test_the_notebook_runs_on_an_evaluation_and_without_one(executed, evaluated):
-    first, second, elsewhere, before = executed
+    told, elsewhere, before = executed
+    first, second = told["own"], told["none"]
     evaluation = config.evaluation_folder(evaluated)
-    assert str(evaluation) in first["source"] and "loaded: base, sft, dpo" in first["load"]
+    assert str(evaluation) in first["source"] and "loaded: base model, SFT, DPO" in first["load"]
     for name in ("show-user", "own-pair"):
         assert first[name].count("as Option A") == first[name].count("as Option B") == 1
         assert first[name].count("p = ") == 6
-    assert "3 users" in first["batch-users"] and "verdict:" in first["batch-users"]
-    assert "verdict:" in first["summary"] and r"\toprule" in first["latex-table"]
+    assert "3 test users" in first["batch-users"] and "to quote" not in first["batch-users"]
+    verdict = read_json(evaluation / "metrics.json")["verdict"]
+    assert f"DPO against SFT: **{verdict}**" in first["source"] and verdict.partition(" (")[0] in first["summary"]
+    assert r"\toprule" in first["latex-table"]
     assert files_of(evaluation) == before
     assert (evaluation.parent / "notebook" / "figures" / "accuracy.pdf").is_file()
 
     assert "docs/results" in second["source"] and "python evaluate_dpo.py" in second["source"]
     assert "Make it with: python" in second["data-table"] + second["load"]
-    assert "No arms are loaded" in second["batch-users"] and "verdict:" in second["summary"]
+    assert "No arms are loaded" in second["batch-users"] and "95%" in second["summary"]
     assert (elsewhere / "notebook" / "table.tex").is_file()
 
 
-def test_the_data_are_described_as_they_are(executed, evaluated):
-    train, test = config.load_split(evaluated)
-    found = table_of(executed[0]["data-table"])
-    assert found["training"] == {
-        "pairs": "42",
-        "users": "42",
-        "different films as options": str(len({film.title for pair in train for film in (pair.preferred, pair.other)})),
-        "genres a film, mean": "1.50",
-        "preferred film is Option A in the file, %": f"{100 * sum(pair.order == 'A' for pair in train) / 42:.1f}",
-        "preferred film is Option A as models see it, %": "50.0",
-        "preferred film is the more popular one, %": "100.0",
-    }
-    assert found["test"]["pairs"] == "18"
-    assert found["test"]["preferred film is Option A as models see it, %"] == "50.0"
+def test_the_published_adapters_are_opened_where_there_are_none_of_ones_own(executed):
+    told, _, _ = executed
+    loaded = told["published"]["load"]
+    assert "holds no adapters" in loaded and "The published ones are opened" in loaded
+    assert "loaded: base model, SFT, DPO" in loaded
+    assert "published" not in told["own"]["load"] + told["none"]["load"]
 
 
-def test_genres_and_popularity_are_drawn_as_they_are(executed, evaluated):
-    pairs = [pair for part in config.load_split(evaluated) for pair in part]
-    assert "<Figure" in executed[0]["data-genres"] and "<Figure" in executed[0]["data-popularity"]
-    shares, _, bars = json.loads(executed[0]["data-genres-look"])
-    for kind, films in {"preferred film": [p.preferred for p in pairs], "other film": [p.other for p in pairs]}.items():
-        counts = Counter(genre for film in films for genre in film.genres)
-        assert shares[kind] == pytest.approx({genre: 100 * counts[genre] / 60 for genre in shares[kind]})
-    totals = [shares["preferred film"][genre] + shares["other film"][genre] for genre in shares["other film"]]
-    assert totals == sorted(totals) and len(totals) == 8 and bars == 2, "the most frequent genre is drawn on top"
-    shares, lines, _ = json.loads(executed[0]["data-popularity-look"])
-    assert lines == 2 and set(shares["other film"].values()) == {1.0}, "other films are never watched here"
-    reached = list(shares["preferred film"].values())
-    assert reached[0] == 0 and reached[-1] == 1 and reached == sorted(reached)
+def test_the_data_are_shown_as_table_and_pictures(executed):
+    own = executed[0]["own"]
+    found = table_of(own["data-table"])
+    assert found["training"]["pairs"] == "42" and found["test"]["pairs"] == "18"
+    assert "<Figure" in own["data-genres"] and "<Figure" in own["data-popularity"]
+    assert "rejected:\nThe better recommendation is Option B" in own["data-pair"]
 
 
 def test_each_training_run_is_one_row(executed, evaluated):
-    found = table_of(executed[0]["runs"])
+    found = table_of(executed[0]["own"]["runs"])
     assert found["stage"] == {"sft 3407": "sft", "dpo 3407": "dpo"}
     assert list(found["steps"].values()) == ["3", "3"] and list(found["seed"].values()) == ["3407"] * 2
     rates = [float(rate) for rate in found["learning rate"].values()]
     assert rates == [1e-3, 0.05], "each stage's own"
     assert float(found["first loss"]["dpo 3407"]) == pytest.approx(0.6931, abs=1e-3)
     assert set(found) == {
-        *("stage", "base model", "seed", "rows", "steps", "learning rate"),
+        *("stage", "seed", "rows", "steps", "learning rate"),
         *("first loss", "last loss", "minutes", "device"),
     }
