@@ -64,7 +64,7 @@ def mentions() -> list[tuple[str, str]]:
     """Commands between backticks, in docstrings and in settings files: parsed, not run."""
     found = []
     for path in DOCUMENTS:
-        lines = re.findall(r"`([^`\n]+\.py [^`\n]+)`", path.read_text(encoding="utf-8"))
+        lines = re.findall(r"`([^`\n]+\.py [^`\n]+|python -m [^`\n]+)`", path.read_text(encoding="utf-8"))
         found += [(path.name, line) for line in lines]
     for module in (config, train_dpo, evaluate_dpo, build_pairs):
         lines = re.findall(r"^    (python .+?)(?: +#.*)?$", module.__doc__, re.M)
