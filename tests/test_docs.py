@@ -286,8 +286,8 @@ def test_no_setting_is_documented_that_is_not_there():
     choices = documented_settings()["loss_type"][2].split(", ")
     assert choices == list(config.LossType.__args__)
     documents = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
-    for name in re.findall(r"(?<![\w-])--([\w-]+)", documents):
-        others = ("config_file", "source", "download", "output", "negatives", "help", "learning_rat", "no-browser")
+    for name in re.findall(r"(?<![\w-])--(\w[\w-]*)", documents):
+        others = ("source", "download", "output", "negatives", "learning_rat", "no-browser", "port")
         assert name in settings or name in others, f"--{name} is no setting"
 
 
