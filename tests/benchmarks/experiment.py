@@ -267,6 +267,7 @@ def search(options: argparse.Namespace) -> list[str]:
 
 def collect(jobs: list[Job], work: Path, results: Path) -> None:
     """Add to the results what the jobs that have ended gave: rows of predictions, and what each run was."""
+    (results / "runs").mkdir(exist_ok=True)
     runs = read_json(results / "runs.json")
     for job in jobs:
         folder = work / job.name
@@ -276,6 +277,8 @@ def collect(jobs: list[Job], work: Path, results: Path) -> None:
             about = {name: run.get(name) for name in ("git_commit", "device", "first_loss", "stage")}
             name = job.name if job.gives else f"{job.name}/{run['stage']}"
             runs[name] = {"line": job.line, "seconds": round(seconds, 1), **about}
+            if job.name == f"4bit/{SEEDS[0]}":  # what a thesis says of its methods
+                write_json(results / "runs" / f"{run['stage']}.run.json", run | {"log_history": []})
         path = folder / "evaluation" / "predictions.csv"
         if job.gives and path.exists():
             add_rows(pd.read_csv(path, dtype=str, keep_default_na=False), job, results)
