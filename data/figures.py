@@ -17,17 +17,12 @@ from statsmodels.stats.proportion import proportion_confint
 from data.baselines import BASELINES
 from data.files import whole_folder
 from data.predictions import margins_by_user
+from data.verdict import KINDS
 
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 WIDTH = 3.5  # inches: a column of a paper
 LINES = {"capsize": 2, "linewidth": 1}  # of intervals
-ARM_NAMES = {  # what a reader calls an arm; any other keeps its own name
-    "sft": "SFT",
-    "sft_more": "SFT, continued",
-    "dpo": "DPO",
-    "base": "base model",
-    "learned": "logistic regression",
-}
+ARM_NAMES = KINDS | {"base": "base model", "learned": "logistic regression"}  # any other keeps its own name
 GREY = "0.45"
 COLOURS = {"sft": "#0072B2", "sft_more": "#009E73", "dpo": "#D55E00", "base": "black"} | dict.fromkeys(BASELINES, GREY)
 OTHERS = ("#CC79A7", "#56B4E9", "#E69F00")  # the rest of the palette (Okabe and Ito 2008), for other arms

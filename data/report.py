@@ -209,7 +209,8 @@ def report(
 
     told = [*(note.partition(": ")[::2] for note in notes), *(("", text) for text in metrics.get("caveats", ()))]
     lines += ["", "## Caveats", ""] if told else []
-    lines += [f"- {f'**{kind.capitalize()}:** ' if kind else ''}{html.escape(text)}" for kind, text in told]
+    marked = ((f"**{kind.capitalize()}:** " if kind else "", html.escape(text, quote=False)) for kind, text in told)
+    lines += [f"- {kind}{text}" for kind, text in marked]
     lines += ["", "## To quote", "", sentence(metrics, model)] if "verdict" in metrics else []
     lines += ["", "## Comparisons"]
     rows = []

@@ -8,16 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from data.figures import plot_all
+from data.figures import draw_ablation, plot_all, sample_text
 from data.files import read_json, write_json, write_text
 from data.measures import MEASURES, compute_metrics, interaction, wins
 from data.predictions import COLUMNS, NUMBERS, completed, read_predictions
-from data.report import cell, summary, table
+from data.report import cell, summary
 from data.verdict import interval_text, judge
 
 MAIN = {"4bit": "predictions.csv.gz", "16bit": "predictions_16bit.csv.gz"}
 ABLATIONS = "ablations.csv.gz"
-MODEL = "SmolLM2-135M-Instruct-Q4_1 in {} bits"
 SHOWN = ("accuracy", "margins", "seeds", "popularity", "reliability")  # of evaluate_dpo.py's figures
 MAIN_STUDY = "unchanged"
 PANELS = {  # figure and rows of the table: [(value, study)]
@@ -57,6 +56,7 @@ def report(results: Path) -> None:
             if (made := Path(work) / "figures" / f"{name}.png").exists():
                 shutil.copy(made, results / made.name)
     write_json(results / "ablations.json", ablations(results, main["4bit"]))
+    draw_ablations(read_json(results / "ablations.json"), results)
     made = tables(results)
     page = results / "README.md"
     write_text(page, filled(page.read_text(encoding="utf-8"), made))
@@ -95,6 +95,33 @@ def measured(rows: pd.DataFrame) -> dict[str, Any]:
     return judge(compute_metrics(rows))
 
 
+def draw_ablations(found: dict[str, Any], results: Path) -> None:
+    """One figure for each of `drawn_panels`."""
+    for title, (default, there) in drawn_panels(found).items():
+        arms = {
+            value: {arm: one["arms"][arm]["ranking_accuracy"] for arm in ("sft", "dpo") if arm in one["arms"]}
+            for value, one in there.items()
+        }
+        changed = next(one for value, one in there.items() if value != default)
+        figure = draw_ablation(arms, default, title, caption=sample_text(changed))
+        figure.savefig(results / f"{figure_name(title)}.png", dpi=200)
+
+
+def drawn_panels(found: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """(default, {value: what was measured}) of each panel that has the unchanged study and another one."""
+    panels = {}
+    for title, points in PANELS.items():
+        there = {value: found[study] for value, study in points if study in found}
+        default = next((value for value, study in points if study == MAIN_STUDY), None)
+        if default and len(there) > 1:
+            panels[title] = default, there
+    return panels
+
+
+def figure_name(title: str) -> str:
+    return "ablation_" + re.sub(r"\W+", "_", title.lower())
+
+
 # ------------------------------------------------------------------------------------------------------- tables
 
 
@@ -102,8 +129,9 @@ def tables(results: Path) -> dict[str, str]:
     """Every table in Markdown, by name."""
     read = {name: read_json(results / f"{name}.json") for name in ("metrics", "metrics_16bit", "interaction")}
     metrics, found = read["metrics"], read_json(results / "ablations.json")
+    main = "\n\n".join(summary(metrics).split("\n\n")[:4])  # verdicts, what follows, the table, the differences
     made = {
-        "main": f"```text\n{table(metrics)}\n\n{summary(metrics, MODEL.format(4))}\n```",
+        "main": f"```text\n{main}\n```",
         "runs": runs_table(metrics, read["metrics_16bit"]),
         "also": measures_table(metrics, ["popularity_balanced_accuracy", "accuracy_against_popularity", "personalisation_gap"]),
         "calibration": measures_table(metrics, ["calibration_error", "dpo_calibration_error", "dpo_temperature"]),
@@ -114,6 +142,8 @@ def tables(results: Path) -> dict[str, str]:
         "answers": answers_table(read_json(results / "generation.json")),
         "cost": cost_table(read_json(results / "runs.json")),
     }
+    drawn = [f"![{title}: ranking accuracy of SFT and DPO]({figure_name(title)}.png)" for title in drawn_panels(found)]
+    made["ablations"] += "\n\n" + "\n".join(drawn)
     if read["interaction"]:
         made["bits"] = bits_table(metrics, read["metrics_16bit"], read["interaction"])
     for name in ("read_in_16", "transfer"):
