@@ -250,9 +250,7 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
             write_json(made / "adapter_config.json", described)
             config.load_tokenizer(settings).save_pretrained(made)
             write_json(made / RUN, run)
-            figure = draw_losses(run["log_history"], run["stage"])
-            for ending in ("png", "pdf"):
-                figure.savefig(made / f"loss.{ending}", dpi=150)
+            draw_losses(run["log_history"], run["stage"]).savefig(made / "loss.png", dpi=150)
             (made / "README.md").unlink(missing_ok=True)  # PEFT's, all gaps and a path of this machine
         if (said := write_card(folder, config.base_facts(settings))).startswith("warning"):
             print(said, file=sys.stderr, flush=True)

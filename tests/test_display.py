@@ -182,7 +182,7 @@ def test_a_second_pick_ends_what_the_first_one_shows():
 
     def pages(user):
         yield f"first {user}"
-        go_on.wait(20)
+        go_on.wait(120)
         asked.append(user)
         yield user
         asked.append(f"more {user}")
@@ -194,8 +194,8 @@ def test_a_second_pick_ends_what_the_first_one_shows():
     two = show("u2")  # at once, whatever the first one still does
     wait_for(area, "first u2")
     go_on.set()
-    one.join(20)
-    two.join(20)
+    one.join(120)
+    two.join(120)
     assert page_in(area) == "u2" and sorted(asked) == ["more u2", "u1", "u2"]
 
 
@@ -206,9 +206,9 @@ def test_what_fails_in_a_widget_is_said_in_it():
 
     area = ipywidgets.Output()
     show = display.newest_in(area, refuse)
-    show(PairsError("no <year>")).join(20)
+    show(PairsError("no <year>")).join(120)
     assert page_in(area) == "<pre>no &lt;year&gt;</pre>"
-    show(KeyError("a bug")).join(20)
+    show(KeyError("a bug")).join(120)
     assert page_in(area) == "<pre>KeyError: &#x27;a bug&#x27;</pre>"
 
 

@@ -235,18 +235,18 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
         evaluate_dpo.main([*flags, "--test_share", "0.4"])
     evaluate_dpo.main([*quick, "--test_share", "0.4", "--allow_mismatch", "true", "--fast", "true"])
     evaluation = tmp_path / "outputs" / "evaluation"
-    assert capsys.readouterr().out.count("\n- mismatch: ") == 2
+    assert capsys.readouterr().out.count("\n- mismatch:") == 2
     assert (evaluation / "report.md").read_text().count("**Mismatch:**") == 2
     answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.5), "sft": [], "base": {"answers": 1}}
     write_json(evaluation / "generation.json", answers)
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
-    assert capsys.readouterr().out.count("\n- mismatch: ") == 2, "made anew from its predictions"
+    assert capsys.readouterr().out.count("\n- mismatch:") == 2, "made anew from its predictions"
     report = (evaluation / "report.md").read_text()
     assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
     for name, source in (("one", evaluation), ("two", tmp_path / "one" / "evaluation")):
         place = ["--outputs", str(tmp_path / name)]
         evaluate_dpo.main([*quick, *place, "--from_predictions", str(source / "predictions.csv")])
-        assert capsys.readouterr().out.count("\n- mismatch: ") == 2, "what is known of them goes with them"
+        assert capsys.readouterr().out.count("\n- mismatch:") == 2, "what is known of them goes with them"
         assert "| dpo | 0.5 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
     write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])

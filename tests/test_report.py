@@ -153,7 +153,7 @@ def test_evaluation_writes_a_card_with_the_measures_of_its_arm(study):
             assert results[name].metric_value == found["value"], "a number, as the Hub expects"
             assert results[name].metric_args == {"interval_95": [found["low"], found["high"]]}
             assert f"| {label} ({unit}) | {cell(found, unit)} |" in text
-        assert f"weights of sha256 `{file_sha256(adapter_of(flags, arm) / WEIGHTS)}`" in text
+        assert f"weights with sha256 `{file_sha256(adapter_of(flags, arm) / WEIGHTS)}`" in text
         assert "personalisation" not in text and "a stranger's" not in text, "not measured"
         for part in ("GroupLens", "10.1145/2827872", "forbids redistribution"):
             assert part in text

@@ -321,7 +321,8 @@ def scored_in(results: Path) -> set[str]:
         if (path := results / name).exists():
             rows = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=lambda column: column in ("study", "seed"))
             studies = rows["study"] if "study" in rows else [of for of, file in MAIN.items() if file == name][0]
-            found |= {f"{row.study}/{row.seed}" for row in rows.assign(study=studies).drop_duplicates().itertuples()}
+            runs = rows.assign(study=studies).drop_duplicates()
+            found |= {f"{run.study}/{run.seed}" for run in runs.itertuples() if run.seed}  # baselines have none
     return found
 
 
