@@ -224,12 +224,9 @@ def learning_rate(run: dict[str, Any]) -> float | None:
 
 
 def training_runs(results: Path) -> dict[str, dict[str, Any]]:
-    """run.json of each training run by name, SFT first: of the adapters evaluated, or published beside the results."""
-    arms = read_json(results / "metrics.json").get("arms", {})
-    seeds = {arm: found["ranking_accuracy"].get("runs", {}) for arm, found in arms.items()}
-    of_study = [f"main_{arm}_{seed}" for arm, runs in seeds.items() for seed in runs]
-    published = (*results.glob("*.run.json"), *(results / "runs" / f"{name}.run.json" for name in of_study))
-    files = {path.name.removesuffix(".run.json"): path for path in published if path.is_file()}
+    """run.json of training runs by name, SFT first: of the adapters evaluated, or published beside the results."""
+    published = (*results.glob("*.run.json"), *results.glob("runs/*.run.json"))
+    files = {path.name.removesuffix(".run.json"): path for path in published}
     adapters = {} if files else read_run(results).get("adapters", {})  # published ones are not those in outputs
     for arm, seeds in adapters.items():
         files |= {f"{arm} {seed}".strip(): Path(folder) / RUN for seed, folder in seeds.items()}

@@ -256,20 +256,19 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     published = tmp_path / "results"
     (published / "runs").mkdir(parents=True)
     (published / "metrics.json").write_bytes((evaluation / "metrics.json").read_bytes())
-    for name in ("main_dpo_3407", "main_dpo_3409", "search_seed1"):  # of a study, the runs that were compared are shown
-        (published / "runs" / f"{name}.run.json").write_text(json.dumps(runs["dpo 3407"]))
-    (published / "runs" / "main_eval.run.json").write_text(json.dumps({"seconds": {}}))
+    (published / "runs" / "dpo.run.json").write_text(json.dumps(runs["dpo 3407"]))
+    (published / "run.json").write_text(json.dumps({"seconds": {}}))  # of the evaluation
     assert display.read_results(published)[1] is None
     recorded = read_predictions(evaluation / "predictions.csv")
     recorded.to_csv(published / "predictions.csv.gz", index=False)
     pd.testing.assert_frame_equal(display.read_results(published)[1], recorded)
     assert len(recorded) == 8 * 18 * 2
     runs = training_runs(published)
-    assert list(runs) == ["main_dpo_3407"]
+    assert list(runs) == ["dpo"]
     assert evaluate_dpo.settings_of_results(published, runs, "o").base_model == evaluated.base_model
     monkeypatch.chdir(tmp_path)
     write_pairs("data/elsewhere.jsonl", make_pairs(2))
-    runs["main_dpo_3407"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
+    runs["dpo"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
     assert evaluate_dpo.settings_of_results(published, runs, "o").pairs == "data/elsewhere.jsonl"
 
 

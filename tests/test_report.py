@@ -157,7 +157,7 @@ def test_evaluation_writes_a_card_with_the_measures_of_its_arm(study):
         assert "personalisation" not in text and "a stranger's" not in text, "not measured"
         for part in ("GroupLens", "10.1145/2827872", "forbids redistribution"):
             assert part in text
-        for part in ("18 users", "both orders", "4-bit (NF4)", "seed 3407"):
+        for part in ("18 held-out users", "both orders", "4-bit (NF4)", "seed 3407"):
             assert part in text
         assert "- Fewer than 3 training runs" in text and not re.search(r"\.\.$", text, re.M)
         assert not re.search(rf"^- {other.upper()}: it is", text, re.M), "a caveat of the other arm"

@@ -278,7 +278,7 @@ def collect(jobs: list[Job], work: Path, results: Path) -> None:
             name = job.name if job.gives else f"{job.name}/{run['stage']}"
             runs[name] = {"line": job.line, "seconds": round(seconds, 1), **about}
             if job.name == f"4bit/{SEEDS[0]}":  # what a thesis says of its methods
-                write_json(results / "runs" / f"{run['stage']}.run.json", run | {"log_history": []})
+                write_json(results / "runs" / f"{run['stage']}.run.json", run)
         path = folder / "evaluation" / "predictions.csv"
         if job.gives and path.exists():
             add_rows(pd.read_csv(path, dtype=str, keep_default_na=False), job, results)
