@@ -536,6 +536,8 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             rows, size, stock = self.train_dataset, self.args.per_device_train_batch_size, self.data_collator
             some = range(0, len(rows), -(-len(rows) // 1_000))  # to choose the lengths by
             lengths = row_lengths([tree_of(rows[index]) for index in some], size) if in_row else []
+            if not in_row and not config.cuda_present():  # a CPU rounds a row by its padded length: one for all
+                lengths = [max(len(tree_of(row).tokens) for row in (*rows, *(self.eval_dataset or ())))]
             self.data_collator = lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
             states = flat_hidden_states if in_row else tree_hidden_states
             self.hidden_states = Graphs(states, lengths) if graphs else states
@@ -592,8 +594,7 @@ def shorten_walks(model: Any) -> None:
 
 def tree_batch(examples: Sequence[dict], batch: dict, in_row: bool, lengths: Sequence[int] = ()) -> dict[str, Any]:
     """TRL's batch, and in it what `placed_trees` gives, as `tree_...`: all indices, so that a GPU waits for none."""
-    # In bfloat16 log-probabilities depend on the padded length: multiples of 64 are few, and fit the reference's
-    made = placed_trees(examples, 64, in_row, lengths)
+    made = placed_trees(examples, in_row, lengths)
     return batch | {f"tree_{name}": torch.from_numpy(values) for name, values in made.items()}
 
 

@@ -63,9 +63,9 @@ def labels_of(examples: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def placed_trees(
-    examples: Sequence[dict[str, Any]], multiple: int, in_row: bool, lengths: Sequence[int] = ()
+    examples: Sequence[dict[str, Any]], in_row: bool, lengths: Sequence[int] = ()
 ) -> dict[str, np.ndarray]:
-    """Such rows as trees: what `one_row` makes of them, with its lengths, or `pad_trees`, with its multiple.
+    """Such rows as trees: what `one_row` makes of them, with its lengths, or `pad_trees`, with the only one.
 
     And `before`, `targets` and `texts`, each (response tokens,), of all chosen responses, then of all rejected ones:
     the node before each token, counted over the whole batch, the token itself, and the number of its response.
@@ -75,7 +75,8 @@ def placed_trees(
         starts = row_starts(trees)
         made = one_row(trees, starts, lengths)
     else:
-        made = pad_trees(trees, multiple)
+        # in bfloat16 log-probabilities depend on the padded length: multiples of 64 are few, and fit the reference's
+        made = pad_trees(trees, *lengths or [64])
         starts = np.arange(len(trees)) * made["tokens"].shape[1]
     placed = [(tree, start, prompt_length(row)) for tree, start, row in zip(trees, starts, examples, strict=True)]
     texts = [

@@ -250,7 +250,7 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
         assert "| dpo | 0.5 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
     write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
-    assert "mismatch: " not in capsys.readouterr().out, "somebody's run.json may say anything"
+    assert "mismatch:" not in capsys.readouterr().out, "somebody's run.json may say anything"
     (evaluation / "run.json").write_text('{"notes": ["kept"], "odd": NaN, "half": "\\ud800"}')
     from_it = ["--from_predictions", str(evaluation / "predictions.csv")]
     evaluate_dpo.main([*quick, "--outputs", str(tmp_path / "three"), *from_it])

@@ -596,6 +596,14 @@ def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, 
                 assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max()), (loss_type, name)
 
 
+def test_on_a_cpu_every_batch_of_trees_has_the_same_length(training_flags):
+    """Its kernels round a row by its padded length, and the reference was computed in other batches."""
+    trainer = trainer_of(training_flags, "shared", "base")
+    rows = [*trainer.train_dataset, *trainer.eval_dataset]
+    assert len({len(row["prompt_ids"] + row["chosen_ids"]) for row in rows}) > 1
+    assert len({trainer.data_collator([row])["tree_tokens"].shape[1] for row in rows}) == 1
+
+
 def test_dpo_with_an_sft_term_is_trls(training_flags):
     settings = settings_of([*training_flags, "--loss_type", "sigmoid+sft", "--sft_weight", "0.5"])
     made = train_dpo.trainer_arguments("dpo", settings, 2)
