@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import warnings
@@ -363,6 +364,20 @@ def planned_runs(settings: TrainingSettings) -> list[Run]:
         start = sft if settings.init == "sft" else None
         planned += [Run(stage, own, None if stage == "sft" else start) for stage in stages]
     return planned
+
+
+def next_command(settings: TrainingSettings) -> str:
+    """What to type after training: the evaluation with the same settings or, where an arm lacks, what trains it."""
+    found = {stage: adapters_there(settings, stage) for stage in ("sft", "dpo")}
+    if not found["dpo"] or not (found["sft"] or settings.sft_adapter):
+        return "the same command with --stage all, which trains what is not there yet"
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    words = [os.path.relpath(sys.executable) if here else "python", os.path.relpath(ROOT / "evaluate_dpo.py")]
+    usual = vars(preset_settings(Settings, settings.preset)) | {"preset": ""}
+    for name in usual:
+        if (value := getattr(settings, name)) != usual[name]:
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, *(["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else [])])
 
 
 def evaluation_folder(settings: Settings) -> Path:

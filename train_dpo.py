@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import statistics
@@ -95,21 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             drawn = preference_rows(used, settings.option_order, run.settings.seed)
             train_stage(run.stage, run.settings, data._replace(rows=drawn), run.start)
     if config.RANK == 0:
-        print(f"\nnext: {next_command(settings)}", flush=True)
-
-
-def next_command(settings: TrainingSettings) -> str:
-    """What to type after training: the evaluation with the same settings or, where an arm lacks, what trains it."""
-    found = {stage: config.adapters_there(settings, stage) for stage in ("sft", "dpo")}
-    if not found["dpo"] or not (found["sft"] or settings.sft_adapter):
-        return "the same command with --stage all, which trains what is not there yet"
-    here = Path(sys.executable).is_relative_to(Path.cwd())
-    words = [os.path.relpath(sys.executable) if here else "python", os.path.relpath(config.ROOT / "evaluate_dpo.py")]
-    usual = vars(config.preset_settings(config.Settings, settings.preset)) | {"preset": ""}
-    for name in usual:
-        if (value := getattr(settings, name)) != usual[name]:
-            words += [f"--{name}", str(value)]
-    return shlex.join([*words, *(["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else [])])
+        print(f"\nnext: {config.next_command(settings)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ a stage, whole

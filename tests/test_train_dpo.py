@@ -130,7 +130,7 @@ def test_the_last_line_of_training_is_the_command_that_finds_its_adapters(mine, 
     monkeypatch.setattr(config, "adapters_there", lambda *_: [tmp_path])
     monkeypatch.chdir(config.ROOT)
     monkeypatch.setattr(sys, "executable", str(config.ROOT / ".venv" / "bin" / "python"))
-    assert train_dpo.next_command(small) == ".venv/bin/python evaluate_dpo.py --preset small"
+    assert config.next_command(small) == ".venv/bin/python evaluate_dpo.py --preset small"
 
 
 @pytest.mark.parametrize(
