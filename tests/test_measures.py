@@ -18,9 +18,11 @@ from data.measures import (
     by_user,
     calibration_error,
     compute_metrics,
+    difference,
     difference_interval,
     estimate,
     generation_measures,
+    half_width,
     holm,
     interaction,
     mcnemar,
@@ -334,3 +336,10 @@ def test_leads_over_other_pairs_are_not_compared():
     with pytest.raises(UserError, match="no arms dpo and sft in common"):
         rows = study_of(random, 0.5, 3)
         interaction(rows, rows[rows["arm"] == "sft"])
+
+
+def test_what_users_do_to_both_arms_cancels_where_runs_are_not_paired():
+    influence = np.random.default_rng(0).normal(size=(1, 50))
+    one = Measured(("1",), np.array([60.0]), influence, 0.0, True)
+    assert half_width([one]) > 1
+    assert half_width(difference(one, one._replace(seeds=("2",)))) == 0
