@@ -20,6 +20,10 @@ TUNED = {
     "sft_more": {"rate": "2e-3", "epochs": 4},
     "dpo": {"rate": "2e-4", "epochs": 4},
 }
+SEARCHES = [
+    experiment.searching("grid", {"sft": [("1e-3", 4), ("2e-3", 8)]}),
+    experiment.searching("step", {"dpo": [("2e-4", 4)], "sft_more": [("0.0014", 4)]}, "sft_1e-3_4"),
+]
 
 
 def settings_of(job: Job):
@@ -28,12 +32,12 @@ def settings_of(job: Job):
     return config.parse_settings(kind, flags)
 
 
-@pytest.mark.parametrize("jobs", [experiment.searching(), experiment.searching("sft_1e-3_4"), experiment.study(TUNED, 4768)])
+@pytest.mark.parametrize("jobs", [*SEARCHES, experiment.study(TUNED, 4768)])
 def test_every_command_can_be_typed_and_finds_what_it_needs(jobs):
     """Each setting is known, each adapter is one that an earlier command writes, and each job is there once."""
     names = [job.name for job in jobs]
     assert len(names) == len(set(names))
-    written = {f"{experiment.WORK}/search/sft_1e-3_4/3407/smollm2_sft_4bit_final"}  # by the search's first round
+    written = {f"{experiment.WORK}/search/sft_1e-3_4/3407/smollm2_sft_4bit_final"}  # by the search's first grid
     for job in jobs:
         settings = settings_of(job)
         assert set(job.needs) <= set(names[: names.index(job.name)])
@@ -69,7 +73,7 @@ def test_the_search_tries_each_arm_as_often_and_never_sees_a_test_user(tmp_path,
     tried = []
 
     def run(job: Job) -> bool:
-        """DPO is best at the least epochs; the control at the most, which it may not have."""
+        """DPO is best at the lowest rate and fewest epochs; the control at the most, which it may not have."""
         tried.append(job)
         if job.gives:
             arms = [text.partition("=")[0] for text in settings_of(job).adapters]
@@ -85,8 +89,10 @@ def test_the_search_tries_each_arm_as_often_and_never_sees_a_test_user(tmp_path,
     assert experiment.search(SimpleNamespace(slots=2)) == []
     found = json.loads((tmp_path / "search.json").read_text())
     chosen = {arm: (best["rate"], best["epochs"], len(best["trials"])) for arm, best in found.items()}
-    assert chosen == {"sft": ("2e-3", 4, 8), "sft_more": ("5e-4", 2, 8), "dpo": ("1e-4", 2, 8)}
-    starts = {settings_of(job).sft_adapter for job in tried if "dpo_" in job.name or "sft_more_" in job.name}
+    assert chosen == {"sft": ("2e-3", 4, 9), "sft_more": ("5e-4", 4, 9), "dpo": ("1e-4", 4, 9)}
+    steps = [found[arm]["trials"][-1]["name"] for arm in found]
+    assert steps == ["sft_0.0014_4", "dpo_5e-05_4", "sft_more_0.00025_4"], "between two rates, or beyond the last"
+    starts = {settings_of(job).sft_adapter for job in tried if not job.gives and "search/sft_" not in job.name.replace("sft_more", "")}
     assert starts == {f"{experiment.WORK}/search/sft_2e-3_4/3407/smollm2_sft_4bit_final"}
     searched = {pair.pair_id for pair in load_pairs(tmp_path / experiment.WORK / "search.jsonl")}
     assert searched and not searched & {pair.pair_id for pair in split_pairs(pairs, 0.2)[1]}

@@ -46,8 +46,8 @@ NEGATIVES = {  # of MovieLens-100K: build_pairs.py --source ml-100k [--negatives
 MODEL = "--preset thesis --base_model SmolLM2-135M-Instruct-Q4_1"
 TRAINING = f"{MODEL} --effective_batch 64 --batch_size 64 --gradient_checkpointing false --warmup_steps 10"
 SEEDS = range(3407, 3417)
-EPOCHS = (2, 4)
-RATES = {  # peak learning rates that the search tries, each with all EPOCHS
+EPOCHS = (4, 8)
+RATES = {  # peak learning rates that the search tries, each with all EPOCHS; then it goes one step on
     "sft": ("5e-4", "1e-3", "2e-3", "4e-3"),
     "sft_more": ("5e-4", "1e-3", "2e-3", "4e-3"),
     "dpo": ("1e-4", "2e-4", "5e-4", "1e-3"),
@@ -100,21 +100,35 @@ def of_study(study: str, *stages: str) -> dict[str, str]:
     return {stage: f"{study}:{stage}" for stage in stages}
 
 
-def searching(best_sft: str = "") -> list[Job]:
-    """Trials of SFT or, where its best trial is known, of the control and of DPO, which both start from that."""
+def searching(name: str, trials: dict[str, list[tuple[str, int]]], best_sft: str = "") -> list[Job]:
+    """A training for each trial (rate, epochs) of an arm, and an evaluation of them; all but SFT begin from its best."""
     jobs, seed = [], SEEDS[0]
     on = f"--pairs {WORK}/search.jsonl"
-    start = f"--sft_adapter {WORK}/search/{best_sft}/{seed}/smollm2_sft_4bit_final" if best_sft else ""
-    for stage in ("sft_more", "dpo") if best_sft else ("sft",):
+    for stage, tried in trials.items():
+        start = "" if stage == "sft" else f"--sft_adapter {WORK}/search/{best_sft}/{seed}/smollm2_sft_4bit_final"
         names = {}
-        for rate, epochs in product(RATES[stage], EPOCHS):
+        for rate, epochs in tried:
             names[f"{stage}_{rate}_{epochs}"] = f"search/{stage}_{rate}_{epochs}:{stage}"
             schedule = SCHEDULE[stage].format(rate=rate, epochs=epochs)
             flags = f"{on} --stage {stage} {start} {schedule} --validation_pairs 0"
             jobs.append(train(f"search/{stage}_{rate}_{epochs}", seed, flags))
         needs = tuple(f"search/{name}/{seed}" for name in names)
-        jobs.append(score(f"search/{stage}", seed, needs, f"{on} {adapters(names, seed)}"))
+        jobs.append(score(f"search/{stage}_{name}", seed, needs, f"{on} {adapters(names, seed)}"))
     return jobs
+
+
+def further(best: dict) -> str:
+    """The learning rate to try next: beyond the best where it is the lowest or the highest, else towards its better side."""
+    as_long = [trial for trial in best["trials"] if trial["epochs"] == best["epochs"]]
+    row = sorted(as_long, key=lambda trial: float(trial["rate"]))
+    at, rate = [trial["name"] for trial in row].index(best["name"]), float(best["rate"])
+    if at in (0, len(row) - 1):
+        return f"{rate * (2 if at else 0.5):.2g}"
+    return f"{(rate * float(max(row[at - 1], row[at + 1], key=worth)['rate'])) ** 0.5:.2g}"
+
+
+def worth(trial: dict) -> list[float]:
+    return [trial[measure] for measure in SEARCHED]
 
 
 def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
@@ -246,21 +260,31 @@ def search(options: argparse.Namespace) -> list[str]:
     work = ROOT / WORK
     write_pairs(work / "search.jsonl", split_pairs(load_pairs(ROOT / PAIRS), 0.2)[0])
     found: dict[str, Any] = {}
-    for best_sft in (None, "sft"):
-        jobs = searching(found["sft"]["name"] if best_sft else "")
+
+    def try_all(name: str, wanted_trials: dict[str, list[tuple[str, int]]]) -> list[str]:
+        jobs = searching(name, wanted_trials, found.get("sft", {}).get("name", ""))
         if failed := run_all(wanted(jobs, set(), work), runner(options), options.slots):
             return failed
-        for stage in ("sft_more", "dpo") if best_sft else ("sft",):
-            measured = read_json(work / f"search/{stage}/{SEEDS[0]}/scores/evaluation/metrics.json")["arms"]
-            trials = []
-            for rate, epochs in product(RATES[stage], EPOCHS):
-                name = f"{stage}_{rate}_{epochs}"
-                values = {measure: measured[name][measure]["value"] for measure in SEARCHED}
-                trials.append({"name": name, "rate": rate, "epochs": epochs, **values})
-            found[stage] = max(trials, key=lambda trial: [trial[measure] for measure in SEARCHED]) | {"trials": trials}
-    same_steps = [trial for trial in found["sft_more"]["trials"] if trial["epochs"] == found["dpo"]["epochs"]]
-    best = max(same_steps, key=lambda trial: [trial[measure] for measure in SEARCHED])
-    found["sft_more"] = best | {"trials": found["sft_more"]["trials"]}  # the control takes as many steps as DPO
+        for stage, tried in wanted_trials.items():
+            measured = read_json(work / f"search/{stage}_{name}/{SEEDS[0]}/scores/evaluation/metrics.json")["arms"]
+            trials = found.get(stage, {}).get("trials", [])
+            for rate, epochs in tried:
+                values = {measure: measured[f"{stage}_{rate}_{epochs}"][measure]["value"] for measure in SEARCHED}
+                trials.append({"name": f"{stage}_{rate}_{epochs}", "rate": rate, "epochs": epochs, **values})
+            found[stage] = max(trials, key=worth) | {"trials": trials}
+        if "sft_more" in found:  # the control takes as many steps as DPO
+            trials = found["sft_more"]["trials"]
+            as_long = [trial for trial in trials if trial["epochs"] == found["dpo"]["epochs"]]
+            found["sft_more"] = max(as_long, key=worth) | {"trials": trials}
+        return []
+
+    for stages in (("sft",), ("dpo", "sft_more")):
+        grid = {stage: list(product(RATES[stage], EPOCHS)) for stage in stages}
+        if failed := try_all("grid", grid):
+            return failed
+        step = {stage: [(further(found[stage]), found[stage]["epochs"])] for stage in stages}
+        if failed := try_all("step", step):
+            return failed
     write_json(RESULTS / "search.json", found)
     return []
 
