@@ -951,7 +951,7 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(unfinished, broken
     [
         (["--sft_learning_rate", "0.5"], "sft_learning_rate 0.001, not 0.5"),
         (["--seed", "7"], "seed 3407, not 7"),
-        (["--max_pairs", "9"], "max_pairs 96, not 9"),
+        (["--max_pairs", "9"], "max_pairs 48, not 9"),
         (["--base_model", "COPY"], "base_model"),
         (["--pairs", "FEWER"], "sha256 of the pairs"),
     ],
