@@ -112,6 +112,13 @@ def test_jobs_run_after_what_they_need_and_what_fails_keeps_only_its_own_from_ru
     assert sorted(ran) == ["a", "b", "d", "e"] and ran.index("a") < ran.index("b") and ran.index("d") < ran.index("e")
 
 
+def test_what_is_trained_is_scored_before_more_is_trained():
+    jobs = [Job("a/1", ""), Job("b/1", ""), Job("b/1/scores", "", ("b/1",), ("b",)), Job("a/1/scores", "", ("a/1",), ("a",))]
+    ran = []
+    assert experiment.run_all(jobs, lambda job: ran.append(job.name) is None, 1) == []
+    assert ran == ["a/1", "a/1/scores", "b/1", "b/1/scores"]
+
+
 def test_when_time_is_up_nothing_is_trained_and_what_is_there_is_scored(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(experiment, "ROOT", tmp_path)

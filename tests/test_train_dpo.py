@@ -1,6 +1,7 @@
 """Training, end to end on a tiny random Llama: what it makes, what stops it, and how it goes on."""
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -594,6 +595,34 @@ def test_log_probs_and_gradients_are_those_of_the_stock_trainer(training_flags, 
             assert wanted.keys() == found.keys()
             for name, gradient in wanted.items():
                 assert torch.allclose(found[name], gradient, atol=1e-4 * gradient.abs().max()), (loss_type, name)
+
+
+def test_in_one_row_attention_takes_blocks_that_fit_every_card(monkeypatch):
+    """Unsloth's own take most of a card's shared memory, and more registers than there are where a head has 64."""
+    unsloth = importlib.util.find_spec("unsloth")  # not imported, for it wants a GPU
+    path = Path(unsloth.origin).parent / "utils" / "prefix_grouper_kernel.py"
+    spec = importlib.util.spec_from_file_location("unsloth.utils.prefix_grouper_kernel", path)
+    kernel, taken = importlib.util.module_from_spec(spec), []
+    utils = SimpleNamespace(prefix_grouper_kernel=kernel)
+    for name, module in {"unsloth": SimpleNamespace(utils=utils), "unsloth.utils": utils, spec.name: kernel}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(kernel)
+    monkeypatch.setattr(kernel, "get_block_mask", lambda *_, **__: None)
+
+    def attention(q, k, v, kernel_options, **how):
+        taken.append(kernel_options)
+        return q
+
+    def model(prefix_seg_info, **nodes):
+        heads = torch.zeros(1, prefix_seg_info.T, 3, 64, dtype=torch.bfloat16)
+        states = kernel.flex_shared_prefix_attention(heads, heads, heads, prefix_seg_info)
+        return SimpleNamespace(last_hidden_state=states)
+
+    monkeypatch.setattr(kernel, "_flex_attention_compiled", attention)
+    row = torch.zeros(128, dtype=torch.long)
+    batch = {"tree_tokens": row[None], "tree_positions": row[None], "tree_pairs": row, "tree_responses": row - 1}
+    assert train_dpo.flat_hidden_states(model, batch).shape == (1, 128, 3, 64)
+    assert taken == [{"BLOCK_M": 64, "BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}]
 
 
 def test_on_a_cpu_every_batch_of_trees_has_the_same_length(training_flags):

@@ -210,15 +210,18 @@ def rows_of(job: Job) -> list[str]:
 def run_all(jobs: list[Job], run: Callable[[Job], bool], slots: int) -> list[str]:
     """Run jobs side by side, each after those that it needs; returns what did not end well, or could not begin."""
     ended: dict[str, bool] = {}
-    waiting, running = {job.name: job for job in jobs}, {}
+    waiting, running, here = {job.name: job for job in jobs}, {}, {job.name for job in jobs}
     with ThreadPoolExecutor(slots) as pool:
         while len(ended) < len(jobs):
+            ready = []
             for job in list(waiting.values()):
-                before = [ended.get(name) for name in job.needs if name in {one.name for one in jobs}]
+                before = [ended.get(name) for name in job.needs if name in here]
                 if False in before:
                     ended[waiting.pop(job.name).name] = False
                 elif all(before):
-                    running[pool.submit(run, job)] = waiting.pop(job.name).name
+                    ready.append(job)
+            for job in sorted(ready, key=lambda job: not job.gives)[: slots - len(running)]:  # first what is scored
+                running[pool.submit(run, job)] = waiting.pop(job.name).name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 ended[running.pop(future)] = future.exception() is None and future.result()
     return [name for name, well in ended.items() if not well]
