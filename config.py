@@ -207,17 +207,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_model": SMALL_MODEL,
         "pairs": "data/pairs_ml-100k.jsonl",
         "test_share": 0.11,  # 104 users: from 100 on the report gives a sentence to quote
-        "max_pairs": 48,  # what two CPU cores train in four minutes
-        "effective_batch": 4,
+        "max_pairs": 48, "effective_batch": 4,  # what two CPU cores train in four minutes
         "validation_pairs": 8,
         "sft_learning_rate": 1e-3,  # a small model needs steps ten times those of an 8B one
         "epochs": 1.0,
         "learning_rate": 5e-4,
         "warmup_steps": 2,
         "optim": "adamw_torch",  # the 8-bit one needs a GPU
-        "eval_steps": 6,
-        "save_steps": 50,
-        "logging_steps": 1,
+        "eval_steps": 6, "save_steps": 50, "logging_steps": 1,
         "batch_users": 4,
         "strangers": False,  # half as much scoring again
         "generate_users": 0,  # a CPU generates an answer a second

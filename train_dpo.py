@@ -483,6 +483,7 @@ def progress_bar(stage: str) -> Any:
 # ---------------------------------------------------------------------------------- the shared-prompt trainer
 
 HEAD_CHUNK = {"cuda": 32_768, "cpu": 4_096}  # words whose logits are made at once; fewer stay in a CPU's cache
+BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}  # for the registers of every card
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # hidden states are made of them
 
 
@@ -593,19 +594,13 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     """The same in one row, (1, all nodes, width), through Unsloth's kernel for texts that share a beginning."""
     from unsloth.utils import prefix_grouper_kernel as kernel
 
-    kernel._kernel_options_for_dtype = attention_blocks
+    small = {"BLOCK_M": 32, "BLOCK_N": 32}  # Unsloth's own, for the rounding of float32
+    kernel._kernel_options_for_dtype = lambda dtype: small if dtype == torch.float32 else BLOCKS
     count, responses = batch["tree_tokens"].shape[1], batch["tree_responses"]
     places = {"group_of_kv": batch["tree_pairs"], "is_prefix": responses < 0, "suffix_of_kv": responses}
     places |= {"T": count, "T_pad": count, "signature": (object(),)}  # its mask serves one pass's layers
     nodes = {"input_ids": batch["tree_tokens"], "position_ids": batch["tree_positions"]}
     return model(**nodes, prefix_seg_info=kernel.PrefixSegInfo(**places), use_cache=False).last_hidden_state
-
-
-def attention_blocks(dtype: Any) -> dict[str, int]:
-    """Blocks of Unsloth's attention kernel: small enough for the registers, and the shared memory, of every card."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32}  # as Unsloth has it, for its rounding
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}
 
 
 class OwnGradients(torch.autograd.Function):

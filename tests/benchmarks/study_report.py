@@ -52,7 +52,7 @@ def report(results: Path) -> None:
     for study, found in metrics.items():
         write_json(results / f"metrics{'' if study == '4bit' else '_16bit'}.json", found)
     if len(main) == 2:
-        write_json(results / "interaction.json", interaction(main["16bit"], main["4bit"]))
+        write_json(results / "interaction.json", interaction(main["4bit"], main["16bit"]))
     with tempfile.TemporaryDirectory() as work:
         plot_all(main["4bit"], metrics["4bit"], Path(work) / "figures")
         for name in SHOWN:
@@ -184,12 +184,12 @@ def runs_table(*precisions: dict[str, Any]) -> str:
 
 
 def bits_table(first: dict[str, Any], second: dict[str, Any], change: dict[str, Any]) -> str:
-    """What DPO leads by in each precision, and how much more in the second than in the first."""
+    """What DPO leads by in each precision, and how much more in the first than in the second."""
     rows = []
     for key, found in change.items():
         leads = (first["comparisons"][key], second["comparisons"][key], found)
         rows.append([key, *map(interval_text, leads), f"{found['detectable_points']:.1f}"])
-    return markdown(["lead (points)", "4 bits", "16 bits", "16 bits minus 4 bits", "smallest detectable"], rows)
+    return markdown(["lead (points)", "4 bits", "16 bits", "4 bits minus 16 bits", "smallest detectable"], rows)
 
 
 def shortcut_table(results: Path) -> str:
