@@ -209,7 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "test_share": 0.11,  # 104 users: from 100 on the report gives a sentence to quote
         "max_pairs": 48, "effective_batch": 4,  # what two CPU cores train in four minutes
         "validation_pairs": 8,
-        "sft_learning_rate": 1e-3,  # a small model needs steps ten times those of an 8B one
+        "sft_learning_rate": 1e-3,  # a small model needs steps five to ten times those of an 8B one
         "epochs": 1.0,
         "learning_rate": 5e-4,
         "warmup_steps": 2,

@@ -52,7 +52,7 @@ def test_thesis_preset_is_the_experiment_of_the_thesis():
         (["--warmup_steps", "-1"], "Give --warmup_steps a value of 0 or more"),
         (["--bits", "3"], "--bits: invalid choice: '3'"),
         (["--preset", "large"], "--preset: invalid choice: 'large'"),
-        (["--batch_size", "3"], "batch_size is 3\nGive --batch_size a value that divides 8"),
+        (["--batch_size", "3"], "batch_size is 3\nGive --batch_size a value that divides 4"),
         (["--adapters", "a=b"], "unknown setting --adapters"),
         (["absent.yaml"], "cannot read the settings file absent.yaml"),
     ],

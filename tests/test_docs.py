@@ -201,7 +201,7 @@ def test_the_blocks_that_need_no_gpu_run_one_after_the_other(
     metrics = json.loads(Path("outputs/evaluation/metrics.json").read_text())
     assert said[-1].strip().splitlines() == [metrics["sentence"], *metrics["caveats"]]
     text = "".join(said)
-    assert "ready to train" in text and text.count("verdict: ") == 3
+    assert "ready to train" in text and text.count("verdict: ") == 4
     [(name, files)] = uploads
     assert name == "me/my-film-adapter" and {"README.md", "adapter_model.safetensors", "run.json"} <= {*files}
     examples = [example for name in ("docs/quickstart.md", "docs/metrics.md") for example in python_blocks(name)]

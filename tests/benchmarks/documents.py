@@ -45,9 +45,9 @@ def speed() -> str:
     rows = []
     for label, records, device, shape in (
         ("Llama 3 8B's shape, H100 held to 24 GB", speeds, "H100", "Llama-3-8B"),
-        ("the same, at the preset's batch of 8", of_preset, "H100", "Llama-3-8B"),
+        ("the same, in batches of 8 as in the preset `thesis`", of_preset, "H100", "Llama-3-8B"),
         ("SmolLM2-135M, H100", speeds, "H100", "SmolLM2-135M"),
-        ("SmolLM2-135M, two CPU cores", speeds, "EPYC", "SmolLM2-135M"),
+        ("SmolLM2-135M, two CPU cores, batches of 8", speeds, "EPYC", "SmolLM2-135M"),
     ):
         best: dict[str, float] = {}
         for row in records:
