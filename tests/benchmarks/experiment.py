@@ -7,7 +7,7 @@
 
 What is scored is kept in docs/results (ids and margins, no titles), so a study that was cut off goes on on another
 machine. `--only 4bit/3407` runs single jobs and what they need. Several jobs share a GPU (--slots), since a small
-model leaves most of it idle. NVIDIA's MPS daemon, where it runs, lets them compute at the same time.
+model leaves most of it idle. Start NVIDIA's MPS daemon first (`nvidia-cuda-mps-control -d`): without it they take turns.
 """
 
 import argparse

@@ -162,7 +162,9 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 
 def measures_table(metrics: dict[str, Any], names: list[str]) -> str:
-    """Models and baselines that have one of these measures."""
+    """Models and baselines that have one of these measures; measures that none has are left out."""
+    arms = metrics["arms"].values()
+    names = [name for name in names if any(values[name]["value"] is not None for values in arms)]
     heads = [f"{label} ({unit})" if unit else label for label, unit in (MEASURES[name] for name in names)]
     rows = [
         [arm, *(cell(values[name], MEASURES[name][1]) for name in names)]
