@@ -92,7 +92,8 @@ def test_the_search_tries_each_arm_as_often_and_never_sees_a_test_user(tmp_path,
     assert chosen == {"sft": ("2e-3", 4, 9), "sft_more": ("5e-4", 4, 9), "dpo": ("1e-4", 4, 9)}
     steps = [found[arm]["trials"][-1]["name"] for arm in found]
     assert steps == ["sft_0.0014_4", "dpo_5e-05_4", "sft_more_0.00025_4"], "between two rates, or beyond the last"
-    starts = {settings_of(job).sft_adapter for job in tried if not job.gives and "search/sft_" not in job.name.replace("sft_more", "")}
+    trained = [settings_of(job) for job in tried if not job.gives]
+    starts = {settings.sft_adapter for settings in trained if settings.stage != "sft"}
     assert starts == {f"{experiment.WORK}/search/sft_2e-3_4/3407/smollm2_sft_4bit_final"}
     searched = {pair.pair_id for pair in load_pairs(tmp_path / experiment.WORK / "search.jsonl")}
     assert searched and not searched & {pair.pair_id for pair in split_pairs(pairs, 0.2)[1]}
