@@ -1,5 +1,6 @@
 """The study's program: what it would run, without running it; and what benchmarks keep."""
 
+import gzip
 import json
 import shlex
 from types import SimpleNamespace
@@ -97,6 +98,28 @@ def test_the_search_tries_each_arm_as_often_and_never_sees_a_test_user(tmp_path,
     assert starts == {f"{experiment.WORK}/search/sft_2e-3_4/3407/smollm2_sft_4bit_final"}
     searched = {pair.pair_id for pair in load_pairs(tmp_path / experiment.WORK / "search.jsonl")}
     assert searched and not searched & {pair.pair_id for pair in split_pairs(pairs, 0.2)[1]}
+
+
+@pytest.mark.parametrize(("best", "rate"), [("1e-4", "5e-05"), ("2e-4", "0.00028"), ("4e-4", "0.0008")])
+def test_the_search_goes_a_step_beyond_a_grid_or_between_two_rates(best, rate):
+    trials = [{"name": rate, "rate": rate, "epochs": 4} for rate in ("1e-4", "2e-4", "4e-4")]
+    trials = [trial | dict.fromkeys(experiment.SEARCHED, float(trial["rate"])) for trial in trials]
+    chosen = next(trial for trial in trials if trial["rate"] == best)
+    assert experiment.further(chosen | {"trials": trials}) == rate
+
+
+def test_what_the_report_says_of_bits_is_4_minus_16(tmp_path, monkeypatch):
+    for name in ("draw_ablations", "plot_all"):
+        monkeypatch.setattr(study_report, name, lambda *_: None)
+    monkeypatch.setattr(study_report, "ablations", lambda *_: {})
+    for name in ("README.md", "ablations.csv.gz", "search.json", "generation.json", "runs.json"):
+        (tmp_path / name).write_bytes((experiment.RESULTS / name).read_bytes())
+    good, bad = np.ones((200, 2)), -np.ones((200, 2))
+    for name, dpo in (("predictions.csv.gz", good), ("predictions_16bit.csv.gz", bad)):
+        (tmp_path / name).write_bytes(gzip.compress(as_csv(predictions_of(sft=bad, dpo=dpo)).encode()))
+    study_report.report(tmp_path)
+    assert json.loads((tmp_path / "interaction.json").read_text())["dpo - sft"]["value"] == 100
+    assert "| 4 bits minus 16 bits |" in study_report.tables(tmp_path)["bits"]
 
 
 def test_jobs_run_after_what_they_need_and_what_fails_keeps_only_its_own_from_running():
