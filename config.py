@@ -160,7 +160,7 @@ class TrainingSettings(Settings):
     effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
     batch_size: int | None = _setting(None, "pairs in one micro-batch; default: what fits the GPU")
     max_steps: int = _setting(-1, "stop each stage after this many steps; -1 for whole epochs")
-    optim: str = _setting("adamw_8bit", "optimiser, by its name in transformers")
+    optim: str = _setting("adamw_torch_fused", "optimiser, by its name in transformers")
     lr_scheduler: str = _setting("linear", "shape of the learning rate after warm-up")
     warmup_steps: int = _setting(5, "steps of linear warm-up")
     weight_decay: float = _setting(0.01, "decoupled weight decay")
@@ -213,7 +213,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 1.0,
         "learning_rate": 5e-4,
         "warmup_steps": 2,
-        "optim": "adamw_torch",  # the 8-bit one needs a GPU
         "eval_steps": 6, "save_steps": 50, "logging_steps": 1,
         "batch_users": 4,
         "strangers": False,  # half as much scoring again

@@ -34,7 +34,7 @@ def test_thesis_preset_is_the_experiment_of_the_thesis():
     assert (settings.sft_epochs, settings.sft_learning_rate) == (1, 2e-4)
     assert (settings.epochs, settings.learning_rate, settings.beta) == (3, 5e-5, 0.1)
     assert (settings.lr_scheduler, settings.warmup_steps, settings.weight_decay) == ("linear", 5, 0.01)
-    assert (settings.optim, settings.effective_batch, settings.seed) == ("adamw_8bit", 8, 3407)
+    assert (settings.optim, settings.effective_batch, settings.seed) == ("adamw_torch_fused", 8, 3407)
     assert config.adapter_folder(settings, "dpo").name == "llama3_dpo_4bit_final"
 
 

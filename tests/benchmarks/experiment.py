@@ -44,7 +44,7 @@ NEGATIVES = {  # of MovieLens-100K: build_pairs.py --source ml-100k [--negatives
     "matched": "data/pairs_ml-100k_matched.jsonl",
 }
 MODEL = "--preset thesis --base_model SmolLM2-135M-Instruct-Q4_1"
-TRAINING = f"{MODEL} --effective_batch 64 --batch_size 64 --gradient_checkpointing false --warmup_steps 10"
+TRAINING = f"{MODEL} --effective_batch 64 --batch_size 64 --gradient_checkpointing false --warmup_steps 10 --optim adamw_8bit"
 SEEDS = range(3407, 3417)
 EPOCHS = (4, 8)
 RATES = {  # peak learning rates that the search tries, each with all EPOCHS; then it goes one step on
