@@ -483,7 +483,8 @@ def progress_bar(stage: str) -> Any:
 # ---------------------------------------------------------------------------------- the shared-prompt trainer
 
 HEAD_CHUNK = {"cuda": 32_768, "cpu": 4_096}  # words whose logits are made at once; fewer stay in a CPU's cache
-BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2}  # for the registers of every card
+BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}  # for the registers of every card
+BLOCKS |= {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
 NODES = ("tree_tokens", "tree_positions", "tree_ends", "tree_pairs", "tree_responses")  # hidden states are made of them
 
 
@@ -600,7 +601,8 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     places = {"group_of_kv": batch["tree_pairs"], "is_prefix": responses < 0, "suffix_of_kv": responses}
     places |= {"T": count, "T_pad": count, "signature": (object(),)}  # its mask serves one pass's layers
     nodes = {"input_ids": batch["tree_tokens"], "position_ids": batch["tree_positions"]}
-    return model(**nodes, prefix_seg_info=kernel.PrefixSegInfo(**places), use_cache=False).last_hidden_state
+    with torch._dynamo.config.patch(suppress_errors=False):  # Unsloth sets it: what fails would run on, slow and large
+        return model(**nodes, prefix_seg_info=kernel.PrefixSegInfo(**places), use_cache=False).last_hidden_state
 
 
 class OwnGradients(torch.autograd.Function):
@@ -741,12 +743,10 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
     found = torch.stack([response.sum() for response in log_probs_of(trainer, inputs)])
     difference = (found - remembered).abs().mean().item()
     if difference > (1e-2 if config.training_dtype() == torch.float32 else 2.0):  # of a hundred nats; bfloat16 rounds
-        problem = f"dpo: the reference remembered in {path} is not the policy that training starts from"
-        differ = f"they differ by {difference:.3f} nats a response"
-        raise UserError(f"{problem}: {differ}", "Delete the file, so that it is computed anew.")
+        problem = f"dpo: the reference in {path} is not the policy that training starts from"
+        raise UserError(f"{problem}: {difference:.3f} nats a response", "Delete the file, so that it is computed anew.")
     trainer.precompute_ref_logps = True
     if config.RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
 
 

@@ -52,11 +52,18 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
     return None
 
 
+FAILED_KERNEL = (  # errors of torch's and Triton's compilers, by name: they are not imported where they are not needed
+    *("OutOfResources", "CompilationError", "PTXASError", "NoTritonConfigsError"),
+    *("InductorError", "BackendCompilerFailed"),
+)
+
+
 def failed_kernel(error: BaseException | None) -> str:
     """What is wrong with a kernel that torch or Triton could not make or run on this card; empty for other errors."""
     while error:
-        if type(error).__name__ in ("OutOfResources", "CompilationError", "InductorError", "BackendCompilerFailed"):
-            told = str(error).strip().partition("\n")[0]
+        if type(error).__name__ in FAILED_KERNEL:
+            lines = str(error).strip().splitlines()  # the first may say "backend='inductor' raised:"
+            told = next((line for line in lines if not line.endswith(" raised:")), "")
             return f"a kernel does not run on this card ({printable(told)})"
         error = error.__cause__ or error.__context__
     return ""

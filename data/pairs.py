@@ -119,7 +119,6 @@ def load_pairs(path: str | Path) -> list[Pair]:
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Write a pairs file, whole or not at all; PairsError where a pair would not be read back as it is."""
     lines = [_as_line(pair) for pair in pairs]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(path), "".join(lines))
 
 

@@ -294,7 +294,6 @@ def search(options: argparse.Namespace) -> list[str]:
 
 def collect(jobs: list[Job], work: Path, results: Path) -> None:
     """Add to the results what the jobs that have ended gave: rows of predictions, and what each run was."""
-    (results / "runs").mkdir(exist_ok=True)
     runs = read_json(results / "runs.json")
     for job in jobs:
         folder = work / job.name
@@ -361,7 +360,6 @@ def publish_adapters(work: Path, results: Path) -> None:
         folder = work / f"4bit/{SEEDS[0]}" / f"smollm2_{stage}_4bit_final"
         if folder.is_dir():
             target = results / "adapters" / stage
-            target.mkdir(parents=True, exist_ok=True)
             for name in ("adapter_config.json", "run.json", "README.md"):
                 write_text(target / name, (folder / name).read_text(encoding="utf-8"))
             weights = load_file(folder / "adapter_model.safetensors")
