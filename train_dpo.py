@@ -525,7 +525,7 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             lengths = row_lengths([tree_of(rows[index]) for index in some], size) if in_row else []
             if not in_row and not config.cuda_present():  # a CPU rounds a row by its padded length: one for all
                 lengths = [max(len(tree_of(row).tokens) for row in (*rows, *(self.eval_dataset or ())))]
-            self.data_collator = lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
+            self.lengths, self.data_collator = lengths, lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
             states = flat_hidden_states if in_row else tree_hidden_states
             self.hidden_states = Graphs(states, lengths) if graphs else states
             shorten_walks(self.model)
@@ -755,7 +755,7 @@ def reference_log_probs(trainer: Any, examples: Sequence[dict[str, Any]]) -> lis
     from accelerate.utils import gather_object
 
     order = list(range(len(examples)))
-    if not graphs_of(trainer):  # whose rows have few lengths, whatever is in them
+    if not trainer.lengths:  # of which there are few, whatever is in a row
         order.sort(key=lambda index: -sum(map(len, examples[index].values())))
     size = trainer.args.per_device_train_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]

@@ -60,9 +60,9 @@ def test_the_main_study_has_ten_runs_of_each_arm_in_both_precisions():
         assert [run.seed for run in runs] == list(range(3407, 3417)) and {run.bits for run in runs} == {bits}
         assert {(run.stage, run.control, run.sft_learning_rate) for run in runs} == {("all", True, 1e-3)}
         assert {(run.control_learning_rate, run.learning_rate, run.epochs) for run in runs} == {(2e-3, 2e-4, 4)}
-    assert jobs["pairs_128_steps/3407"].epochs == 149 and jobs["pairs_128_passes/3407"].epochs == 4
-    assert jobs["dpo_rate_3.2/3407"].learning_rate == pytest.approx(6.4e-4)
-    assert jobs["dpo_from_base/3407"].init == "base" and jobs["dpo_from_base/3407"].sft_adapter is None
+    assert jobs["pairs_128_steps/3416"].epochs == 149 and jobs["pairs_128_passes/3416"].epochs == 4
+    assert jobs["dpo_rate_3.2/3416"].learning_rate == pytest.approx(6.4e-4)
+    assert jobs["dpo_from_base/3416"].init == "base" and jobs["dpo_from_base/3416"].sft_adapter is None
 
 
 def test_the_search_tries_each_arm_as_often_and_never_sees_a_test_user(tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_what_the_report_says_of_bits_is_4_minus_16(tmp_path, monkeypatch):
     for name in ("draw_ablations", "plot_all"):
         monkeypatch.setattr(study_report, name, lambda *_: None)
     monkeypatch.setattr(study_report, "ablations", lambda *_: {})
-    for name in ("README.md", "ablations.csv.gz", "search.json", "generation.json", "runs.json"):
+    for name in ("README.md", "search.json", "generation.json", "runs.json"):
         (tmp_path / name).write_bytes((experiment.RESULTS / name).read_bytes())
     good, bad = np.ones((200, 2)), -np.ones((200, 2))
     for name, dpo in (("predictions.csv.gz", good), ("predictions_16bit.csv.gz", bad)):
@@ -163,11 +163,11 @@ def test_only_what_lacks_is_run_with_what_it_needs(tmp_path):
 
     everything = {name for job in jobs if job.gives for name in experiment.rows_of(job)}
     assert names(everything) == []
-    assert names(everything - {"read_in_16/3408"}) == ["4bit/3408", "read_in_16/3408/scores"]
-    assert names(set(), "rank_8/3409") == ["rank_8/3409", "rank_8/3409/scores"]
+    assert names(everything - {"read_in_16/3416"}) == ["4bit/3416", "read_in_16/3416/scores"]
+    assert names(set(), "rank_8/3416") == ["rank_8/3416", "rank_8/3416/scores"]
     (tmp_path / "4bit").mkdir()
-    (tmp_path / "4bit" / "3408.done").touch()
-    assert names(everything - {"read_in_16/3408"}) == ["read_in_16/3408/scores"]
+    (tmp_path / "4bit" / "3416.done").touch()
+    assert names(everything - {"read_in_16/3416"}) == ["read_in_16/3416/scores"]
 
 
 def evaluated(work, job: Job, arms: dict[str, np.ndarray], seed: str) -> None:
@@ -183,17 +183,17 @@ def evaluated(work, job: Job, arms: dict[str, np.ndarray], seed: str) -> None:
 
 
 def test_results_of_several_machines_add_up_and_are_known_by_study_and_seed(tmp_path):
-    jobs = [job for job in experiment.study(TUNED, 4768) if job.name.split("/")[-2] in ("3407", "3408")]
+    jobs = [job for job in experiment.study(TUNED, 4768) if job.name.split("/")[-2] in ("3415", "3416")]
     by_name = {job.name: job for job in jobs}
     margins = np.random.default_rng(0).normal(size=(2, 60, 2))
-    for machine, seed in (("one", "3407"), ("two", "3408")):
+    for machine, seed in (("one", "3415"), ("two", "3416")):
         for study in ("4bit", "rank_8"):
             arms = {"sft": margins[0], "dpo": margins[1]}
             evaluated(tmp_path / machine, by_name[f"{study}/{seed}/scores"], arms, seed)
         of_dpo = dict.fromkeys(by_name[f"of_dpo/{seed}/scores"].gives, margins[1])
         evaluated(tmp_path / machine, by_name[f"of_dpo/{seed}/scores"], of_dpo, seed)
         experiment.collect(jobs, tmp_path / machine, tmp_path)
-    known = {f"{study}/{seed}" for study in ("4bit", "rank_8", *experiment.OF_DPO) for seed in ("3407", "3408")}
+    known = {f"{study}/{seed}" for study in ("4bit", "rank_8", *experiment.OF_DPO) for seed in ("3415", "3416")}
     assert experiment.scored_in(tmp_path) == known
     rows = read_predictions(tmp_path / "predictions.csv.gz")
     assert len(rows) == (2 * 2 + 1) * 60 * 2, "of two runs two arms each, and a baseline once"

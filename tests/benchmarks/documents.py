@@ -21,7 +21,7 @@ from data.verdict import interval_text, sentence  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "thesis.md"]
-EPOCHS, PAIRS = 3, 4768  # of DPO and of training, in the preset `thesis` on MovieLens-1M
+EPOCHS, PAIRS, USERS = 3, 4768, 1208  # of DPO, of training and of the test, in the preset `thesis` on MovieLens-1M
 
 
 def read(name: str):
@@ -39,38 +39,90 @@ def laptop() -> str:
     return f"```text\n{head}\n```"
 
 
+CLAIMS = {  # by verdict
+    "INCONCLUSIVE": "DPO is not shown to rank better than",
+    "PARTIAL: comparable": "DPO ranks like",
+    "PARTIAL: small gain": "DPO ranks a little better than",
+    "SUPPORTED": "DPO ranks better than",
+    "NOT SUPPORTED": "DPO ranks worse than",
+}
+
+
+def answer() -> str:
+    """What the study says, in four lines."""
+    metrics, change = read("metrics.json"), read("interaction.json")
+    control, runs = metrics["control"], metrics["arms"]["dpo"]["seeds"]
+    led, led_more = (interval_text(metrics["comparisons"][f"dpo - {arm}"]) for arm in ("sft", control))
+    more = change[f"dpo - {control}"]
+    matter = "matter" if more["low"] > 0 or more["high"] < 0 else "are not shown to matter"
+    lines = (
+        f"**{CLAIMS[metrics['verdict']]} SFT** when both are tuned alike: {led} points of ranking accuracy.",
+        f"**{CLAIMS[metrics['control_verdict']]} more SFT**, continued for as many steps: {led_more} points.",
+        f"**4 bits {matter}**: the second lead less that in 16 bits is {interval_text(more)} points.",
+        "**No language model is shown to beat popularity**, and Llama 3 8B is not measured yet.",
+    )
+    said = f"SmolLM2-135M in 4 bits, {metrics['users']:,} held-out users, {runs} runs an arm, 95% intervals"
+    return "\n".join(f"- {line}" for line in lines) + f"\n\n{said}: [all results](docs/results/README.md)."
+
+
+def preset_speed(stage: str, trainer: str = "shared", shape: str = "Llama-3-8B", batch: int = 8) -> dict:
+    """The record of a stage on a GPU, in batches of this size without checkpointing where there are several."""
+    wanted = {"stage": stage, "trainer": trainer, "micro_batch": batch, "effective_batch": batch}
+    found = [
+        row
+        for row in read("gpu.json")
+        if row["shape"].startswith(shape) and all(row.get(name) == value for name, value in wanted.items())
+    ]
+    return min(found, key=lambda row: (bool(row["checkpointing"]), "optim" in row))
+
+
 def speed() -> str:
-    """Pairs a second of DPO, by what trains: the best of each trainer."""
-    speeds, of_preset = read("speed.json"), [row for row in read("gpu.json") if row.get("effective_batch") == 8]
+    """Rows a second of training, by what trains; on a GPU from one call, on a CPU each trainer at its best."""
     rows = []
-    for label, records, device, shape in (
-        ("Llama 3 8B's shape, H100 held to 24 GB", speeds, "H100", "Llama-3-8B"),
-        ("the same, in batches of 8 as in the preset `thesis`", of_preset, "H100", "Llama-3-8B"),
-        ("SmolLM2-135M, H100", speeds, "H100", "SmolLM2-135M"),
-        ("SmolLM2-135M, two CPU cores, batches of 8", speeds, "EPYC", "SmolLM2-135M"),
-    ):
-        best: dict[str, float] = {}
-        for row in records:
-            if device in row.get("device", "") and row["shape"].startswith(shape):
-                kind = "shared" if row["trainer"] == "shared" else row["backend"]
-                best[kind] = max(best.get(kind, 0), row["pairs_per_second"])
-        rows.append([label, *(f"{best[kind]:.1f}" if kind in best else "-" for kind in ("shared", "unsloth", "hf"))])
-    return table_of(["DPO, pairs a second", "this project", "Unsloth with TRL", "TRL"], rows)
+    for label, stage in (("DPO", "dpo"), ("SFT", "sft")):
+        both = [preset_speed(stage, trainer)["pairs_per_second"] for trainer in ("shared", "stock")]
+        rows.append([f"{label}, Llama 3 8B's shape, H100 held to 24 GB", *(f"{value:.1f}" for value in both)])
+    small = preset_speed("dpo", shape="SmolLM2", batch=64)["pairs_per_second"]
+    rows.append(["DPO, SmolLM2-135M, H100, batches of 64", f"{small:.1f}", "-"])
+    on_cpu: dict[str, float] = {}
+    for row in read("speed.json"):
+        on_cpu[row["trainer"]] = max(on_cpu.get(row["trainer"], 0.0), row["pairs_per_second"])
+    rows.append(["DPO, SmolLM2-135M, two CPU cores", *(f"{on_cpu[name]:.1f}" for name in ("shared", "stock"))])
+    return table_of(["pairs a second, in batches of 8", "this project", "TRL (on a GPU by Unsloth)"], rows)
+
+
+CARDS = {  # TFLOP/s of matrix products as training computes, and of float32, as evaluation does; memory in GB
+    # NVIDIA's papers on the architectures: bfloat16 with sums in float32; a T4 has no bfloat16
+    "RTX 4090": (165.2, 82.6, 24),
+    "RTX 3090": (71.0, 35.6, 24),
+    "T4": (8.1, 8.1, 16),
+}
+H100 = 66.9  # its TFLOP/s of float32; those of bfloat16 were measured
+
+
+def cost() -> str:
+    """Minutes of a whole default run by card: computed from speeds measured on an H100, else scaled by rates."""
+    sft, dpo = preset_speed("sft"), preset_speed("dpo")
+    scored = next(row for row in read("evaluation_speed.json") if row["compute"] == "float32")
+    one_pass = PAIRS / sft["pairs_per_second"]
+    parts = [one_pass, EPOCHS * one_pass, PAIRS * (EPOCHS / dpo["pairs_per_second"] + dpo["reference_seconds_per_pair"])]
+    scoring = 2 * 4 * USERS / scored["pairs_per_second"]  # base and three arms, with strangers' histories
+    rows = []
+    for card, (rate, float32, _) in {"H100": (dpo["matrix_tflops"], H100, 80), **CARDS}.items():
+        times = [*(part * dpo["matrix_tflops"] / rate for part in parts), scoring * H100 / float32]
+        minutes = [f"{time / 60:.0f}" for time in (*times, sum(times))]
+        rows.append([card, *minutes, "computed from its speed" if card == "H100" else "**estimated**"])
+    return table_of(["card", "SFT", "control", "DPO", "evaluation", "all", "minutes are"], rows)
 
 
 def memory() -> str:
-    """Memory and time of DPO on Llama 3 8B's shape, by micro-batch."""
-    rows = []
+    """Peak memory of DPO on Llama 3 8B's shape, by micro-batch."""
+    peaks: dict[int, dict[bool, float]] = {}
     for row in read("gpu.json"):
-        measured = row.get("memory_cap_gb") and row.get("pairs_per_second") and row["backend"] == "unsloth"
-        if not measured or not row["shape"].startswith("Llama"):
-            continue
-        seconds = PAIRS * (EPOCHS / row["pairs_per_second"] + row["reference_seconds_per_pair"])
-        said = "yes" if row["checkpointing"] else "no"
-        numbers = [f"{row['peak_memory_gb']:.1f}", f"{row['pairs_per_second']:.1f}", f"{seconds / 60:.0f}"]
-        rows.append([row["trainer"], str(row["micro_batch"]), said, *numbers])
-    heads = ["trainer", "micro-batch", "checkpointing", "peak memory, GB", "pairs a second", "minutes of DPO"]
-    return table_of(heads, sorted(rows, key=lambda row: float(row[3])))
+        if row["shape"].startswith("Llama-3-8B") and (row["stage"], row["trainer"]) == ("dpo", "shared"):
+            peaks.setdefault(row["micro_batch"], {})[row["checkpointing"]] = row["peak_memory_gb"]
+    parts = [f"{peak[False]:.1f} GB for {size} ({peak[True]:.1f} with checkpointing)" for size, peak in sorted(peaks.items())]
+    return f"Peak memory of DPO by micro-batch: {', '.join(parts)}."
 
 
 def quoted(text: str) -> str:
@@ -128,7 +180,10 @@ def results() -> str:
     )
 
 
-BLOCKS = {"laptop": laptop, "speed": speed, "memory": memory, "methods": methods, "results": results}
+BLOCKS = {
+    "answer": answer, "laptop": laptop, "speed": speed, "cost": cost, "memory": memory,
+    "methods": methods, "results": results,
+}
 
 
 def filled(page: str) -> str:

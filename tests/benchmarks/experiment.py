@@ -145,7 +145,7 @@ def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
         given = adapters(of_study(main, "sft", "sft_more", "dpo"), seed, bits)
         jobs.append(score(main, seed, (f"{main}/{seed}",), f"{asked} {given}"))
     for seed in SEEDS:
-        names = [name for name, (_, runs) in OF_DPO.items() if seed < SEEDS[0] + runs]
+        names = [name for name, (_, runs) in OF_DPO.items() if seed > SEEDS[-1] - runs]
         for name in names:
             flags = f"--stage dpo {schedule['dpo']} {OF_DPO[name][0]}"
             if name == "dpo_rate_3.2":
@@ -156,7 +156,7 @@ def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
         if names:
             given = adapters({name: f"{name}:dpo" for name in names}, seed)
             jobs.append(score("of_dpo", seed, tuple(f"{name}/{seed}" for name in names), given, tuple(names)))
-    for seed in SEEDS[:3]:
+    for seed in SEEDS[-3:]:
         changed = {f"rank_{rank}": f"--lora_rank {rank} --lora_alpha {rank}" for rank in (8, 64)}
         changed |= {f"order_{order}": f"--option_order {order}" for order in ("both", "original")}
         changed["sft_x2"] = f"--sft_epochs {2 * tuned['sft']['epochs']}"

@@ -26,8 +26,8 @@ CARDS = {"sm_86": (8, 6), "sm_89": (8, 9)}
 
 def compiled(model: str, card: str, pairs: str) -> list[dict]:
     """The kernels of one step as on this card, each with its shared memory in bytes, or why it cannot be compiled."""
-    with tempfile.TemporaryDirectory() as cache:  # where Triton leaves all that it compiles, in whatever thread
-        os.environ |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TRITON_CACHE_DIR": cache}
+    with tempfile.TemporaryDirectory() as cache:  # where Triton leaves all that it compiles, in whatever process
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
         train_a_step(model, CARDS[card], pairs)
         of = {"head_dimension": json.loads(Path(model, "config.json").read_text())["head_dim"], "card": card}
         return [of | record for record in for_card(Path(cache), card)]
