@@ -102,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write_cards(
     settings: EvaluationSettings, adapters: Adapters, metrics: dict[str, Any], mismatches: list[str]
 ) -> None:
-    """Each adapter's model card with its arm's measures; where two arms have one folder, the first one's card stays."""
+    """Each adapter's model card with its arm's measures; of two in one folder the first's. Published cards stay."""
     for arm, folders in reversed(adapters.items()):
-        for folder in folders.values():
+        for folder in (folder for folder in folders.values() if config.PUBLISHED not in folder.parents):
             print(write_card(folder, config.base_facts(settings), arm, metrics, mismatches))
 
 

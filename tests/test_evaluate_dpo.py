@@ -210,6 +210,11 @@ def test_the_published_adapters_are_scored_when_asked_for(trained, tmp_path, mon
     run = tmp_path / "adapters" / "sft_more" / "run.json"
     run.write_text(run.read_text().replace('"stage": "sft"', '"stage": "sft_more"', 1))
     assert found() == {arm: [tmp_path / "adapters" / arm] for arm in ("sft", "sft_more", "dpo")}
+    written, own = [], adapter_of(flags, "sft")
+    monkeypatch.setattr(evaluate_dpo, "write_card", lambda folder, *_: written.append(folder))
+    adapters = {"sft": {"1": own}, "dpo": {"1": tmp_path / "adapters" / "dpo"}}
+    evaluate_dpo.write_cards(config.parse_settings(EvaluationSettings, asked), adapters, {}, [])
+    assert written == [own], "published cards have the measures of the study"
 
 
 def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated, no_figures, tmp_path, capsys):
