@@ -59,7 +59,7 @@ def verdict_text(metrics: dict[str, Any]) -> str:
     """What follows from the verdicts, and each verdict with its difference, as Markdown."""
     if "verdict" not in metrics:
         return "**No verdict**: there is no arm named sft, or none named dpo."
-    lines = [f"**{metrics['conclusion'][0].upper()}{metrics['conclusion'][1:]}.**", ""]
+    lines = [f"**{metrics['conclusion']}**", ""]
     for arm, verdict in (("sft", metrics["verdict"]), (metrics["control"], metrics["control_verdict"])):
         if arm:
             points = f"{interval_text(metrics['comparisons'][f'dpo - {arm}'])} points"

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, ndtr, ndtri, stdtrit
 
+from data.baselines import BASELINES
 from data.errors import UserError
 from data.predictions import LOG_PROBS, MARGINS, margins_of
 
@@ -47,6 +48,7 @@ UNITS = {  # scale, lowest and highest value
     "%": (100, 0, 100), "points": (100, -100, 100),
     "nats": (1, -math.inf, math.inf), "": (1, 0, math.inf),
 }
+FIRST = (*BASELINES, "base", "sft", "sft_more")  # of all arms, whatever the order of their rows
 COMPARED = (  # arms are compared by these
     *("ranking_accuracy", "order_free_accuracy", "response_accuracy"),
     *("popularity_balanced_accuracy", "accuracy_similar_popularity"),
@@ -77,7 +79,9 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
     pairs, users, runs, measured = measures_of_arms(predictions)
     count = int(users.max()) + 1
     arms = {}
-    for arm, rows in predictions[predictions["history"] == "own"].groupby("arm", sort=False):
+    rows_of = dict(iter(predictions[predictions["history"] == "own"].groupby("arm")))
+    for arm in measured:
+        rows = rows_of[arm]
         kind = rows["kind"].iloc[0]
         near_ties = int((rows["decision_margin"].abs() < NEAR_TIE).sum())
         about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
@@ -107,7 +111,8 @@ def measures_of_arms(predictions: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarra
     pairs = own.drop_duplicates("pair_id").sort_values("pair_id")
     users = pairs["user_id"].factorize()[0]
     runs, kinds, popular = scores_of_runs(predictions, pairs), own.groupby("arm")["kind"].first(), popularity_of(pairs)
-    measured = {arm: measures_of_runs(arm, kinds[arm], runs[arm], popular, users) for arm in own["arm"].unique()}
+    arms = sorted(own["arm"].unique(), key=lambda arm: FIRST.index(arm) if arm in FIRST else len(FIRST))
+    measured = {arm: measures_of_runs(arm, kinds[arm], runs[arm], popular, users) for arm in arms}
     return pairs, users, runs, measured
 
 

@@ -343,3 +343,8 @@ def test_what_users_do_to_both_arms_cancels_where_runs_are_not_paired():
     one = Measured(("1",), np.array([60.0]), influence, 0.0, True)
     assert half_width([one]) > 1
     assert half_width(difference(one, one._replace(seeds=("2",)))) == 0
+
+
+def test_arms_stand_in_one_order_whatever_the_order_of_their_rows():
+    rows = predictions_of(dpo=np.ones((4, 2)), other=np.ones((4, 2)), sft_more=np.ones((4, 2)), sft=np.ones((4, 2)))
+    assert list(compute_metrics(rows)["arms"]) == ["sft", "sft_more", "dpo", "other"]
