@@ -108,10 +108,10 @@ def cost() -> str:
     parts = [one_pass, EPOCHS * one_pass, PAIRS * (EPOCHS / dpo["pairs_per_second"] + dpo["reference_seconds_per_pair"])]
     scoring = 2 * 4 * USERS / scored["pairs_per_second"]  # base and three arms, with strangers' histories
     rows = []
-    for card, (rate, float32, _) in {"H100": (dpo["matrix_tflops"], H100, 80), **CARDS}.items():
+    for card, (rate, float32, memory_gb) in {"H100": (dpo["matrix_tflops"], H100, 80), **CARDS}.items():
         times = [*(part * dpo["matrix_tflops"] / rate for part in parts), scoring * H100 / float32]
         minutes = [f"{time / 60:.0f}" for time in (*times, sum(times))]
-        rows.append([card, *minutes, "computed from its speed" if card == "H100" else "**estimated**"])
+        rows.append([f"{card}, {memory_gb} GB", *minutes, "computed from its speed" if card == "H100" else "**estimated**"])
     return table_of(["card", "SFT", "control", "DPO", "evaluation", "all", "minutes are"], rows)
 
 
