@@ -153,7 +153,7 @@ def test_the_notebook_runs_on_an_evaluation_and_without_one(executed, evaluated)
     told, elsewhere, before = executed
     first, second = told["own"], told["none"]
     evaluation = config.evaluation_folder(evaluated)
-    assert str(evaluation) in first["source"] and "loaded: base model, SFT, DPO" in first["load"]
+    assert str(evaluation) in first["source"] and "loaded: base model; SFT; DPO" in first["load"]
     for name in ("show-user", "own-pair"):
         assert first[name].count("as Option A") == first[name].count("as Option B") == 1
         assert first[name].count("p = ") == 6
@@ -174,7 +174,7 @@ def test_the_published_adapters_are_opened_where_there_are_none_of_ones_own(exec
     told, _, _ = executed
     loaded = told["published"]["load"]
     assert "holds no adapters" in loaded and "The published ones are opened" in loaded
-    assert "loaded: base model, SFT, DPO" in loaded
+    assert "loaded: base model; SFT; DPO" in loaded
     assert "published" not in told["own"]["load"] + told["none"]["load"]
 
 
