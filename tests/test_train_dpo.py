@@ -622,7 +622,8 @@ def test_in_one_row_attention_takes_blocks_that_fit_every_card(monkeypatch):
     row = torch.zeros(128, dtype=torch.long)
     batch = {"tree_tokens": row[None], "tree_positions": row[None], "tree_pairs": row, "tree_responses": row - 1}
     assert train_dpo.flat_hidden_states(model, batch).shape == (1, 128, 3, 64)
-    assert taken[0]["BLOCK_M"] == 64 and taken[0]["bwd_BLOCK_M1"] == 32
+    of_backward = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
+    assert taken == [{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2} | of_backward]
 
     def does_not_fit(graph, inputs):
         raise RuntimeError("No valid triton configs. OutOfResources: shared memory, Required: 131072")
@@ -633,6 +634,21 @@ def test_in_one_row_attention_takes_blocks_that_fit_every_card(monkeypatch):
     with pytest.raises(Exception) as raised:
         train_dpo.flat_hidden_states(model, batch)
     assert "OutOfResources: shared memory" in failed_kernel(raised.value)
+
+
+def test_the_reference_is_of_the_same_batches_with_and_without_cuda_graphs():
+    """Where rows have few lengths; else the longest come first, for the least padding."""
+    examples, batches = [{"prompt_ids": [0] * count} for count in (1, 3, 2, 4)], []
+
+    def log_probs(model, inputs):
+        batches.append([len(row["prompt_ids"]) for row in inputs])
+        return torch.zeros(2), torch.zeros(2)
+
+    about = {"args": SimpleNamespace(per_device_train_batch_size=2), "model": None, "compute_ref_log_probs": log_probs}
+    for lengths in ([256], []):
+        same = SimpleNamespace(lengths=lengths, data_collator=list, _prepare_inputs=list, **about)
+        assert train_dpo.reference_log_probs(same, examples) == [[0, 0]] * 4
+    assert batches == [[1, 3], [2, 4], [4, 3], [2, 1]]
 
 
 def test_on_a_cpu_every_batch_of_trees_has_the_same_length(training_flags):
