@@ -6,13 +6,12 @@ initialisations of the base) would change the base model for the arms that are s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors import safe_open
 
 from data.bases import Base, base_key, damage
 from data.errors import printable
@@ -31,7 +30,6 @@ THESE_VALUES = {  # other settings must be unset, too: what a newer PEFT means b
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # which leave the base model as it is
     "task_type": ("CAUSAL_LM",),
 }
-EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 _TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB]\.weight|magnitude_vector(\.weight)?)")
 
 
@@ -83,28 +81,27 @@ def _folder_problem(folder: Path) -> str:
 
 def _weights_problem(folder: Path, base: Base) -> str:
     """Why an adapter's tensors are not the low-rank updates of the base model's layers that its configuration names."""
-    lora, tensors = read_json(folder / CONFIG), read_header(folder / WEIGHTS)
-    parts: dict[str, set[str]] = {}
-    for name, tensor in tensors.items():
+    lora, parts = read_json(folder / CONFIG), dict[str, set[str]]()
+    for name, shape in shapes_of(folder / WEIGHTS).items():
         found = _TENSOR.fullmatch(name)
         layer = found["layer"] if found else ""
         if layer not in base.layers:
             return f"{folder} holds {name}, which updates no layer of {base.name}"
         rank, (inputs, outputs) = lora.get("r"), base.layers[layer]
-        rank = tensor["shape"][0] if lora.get("rank_pattern") and tensor["shape"] else rank
+        rank = shape[0] if lora.get("rank_pattern") and shape else rank
         wanted = {"A.weight": [rank, inputs], "B.weight": [outputs, rank]}.get(found["part"], [outputs])
         if found["part"] == "B.weight" and lora.get("rank_pattern"):
-            wanted = [outputs, *tensor["shape"][1:]]
-        if tensor["shape"] != wanted:
-            return f"{folder}: {name} has the shape {tensor['shape']}, where {base.name} needs {wanted}"
+            wanted = [outputs, *shape[1:]]
+        if shape != wanted:
+            return f"{folder}: {name} has the shape {shape}, where {base.name} needs {wanted}"
         parts.setdefault(layer, set()).add(found["part"].partition(".")[0])
-    if not tensors:
+    if not parts:
         return f"{folder} holds no weights"
     named = layers_named(lora, base.layers)
     whole = {"A", "B", "magnitude_vector"} if lora.get("use_dora") else {"A", "B"}
     if unlike := [layer for layer in sorted(named | parts.keys()) if parts.get(layer) != whole or layer not in named]:
         return f"{folder}: the weights of {len(unlike)} layers are not those that {CONFIG} names, such as {unlike[0]}"
-    if name := first_not_finite(folder / WEIGHTS, tensors):
+    if name := first_not_finite(folder / WEIGHTS):
         return f"{folder}: {name} holds what is no finite number of 16 or 32 bits"
     return ""
 
@@ -124,23 +121,18 @@ def layers_named(lora: dict[str, Any], layers: Collection[str]) -> set[str]:
     return {path for path in named if numbers is None or int((re.findall(r"\.(\d+)\.", path) or [-1])[0]) in numbers}
 
 
-def read_header(weights: Path) -> dict[str, Any]:
-    """`shape`, `dtype` and `data_offsets` of every tensor in a safetensors file, by name."""
-    with open(weights, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+def shapes_of(weights: Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file, by name."""
+    with safe_open(weights, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
 
 
-def first_not_finite(weights: Path, tensors: dict[str, Any]) -> str:
+def first_not_finite(weights: Path) -> str:
     """The first tensor that holds an infinity, no number, or numbers of a type that is not looked into; "" if none."""
-    with open(weights, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        for name, tensor in tensors.items():
-            integers, exponent = EXPONENTS.get(tensor["dtype"], (np.uint8, 0))
-            first, last = tensor["data_offsets"]
-            file.seek(start + first)
-            values = np.frombuffer(file.read(last - first), integers)
-            if ((values & exponent) == exponent).any():
+    with safe_open(weights, "pt") as file:
+        for name in sorted(file.keys()):
+            known = file.get_slice(name).get_dtype() in ("F32", "F16", "BF16")
+            if not known or not file.get_tensor(name).isfinite().all():
                 return name
     return ""
 
@@ -171,5 +163,5 @@ def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:
 
 def adapted_layers(folder: Path) -> set[str]:
     """Layers that a LoRA adapter changes, such as q_proj, from its weights: its configuration may hold a pattern."""
-    names = [name.partition(".lora_")[0] for name in read_header(folder / WEIGHTS) if ".lora_" in name]
+    names = [name.partition(".lora_")[0] for name in shapes_of(folder / WEIGHTS) if ".lora_" in name]
     return {name.rpartition(".")[2] for name in names}
