@@ -14,25 +14,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import TemplateError
 
+from data import verdict
 from data.errors import printable
 from data.files import file_sha256, read_json, write_text
 from data.measures import COMPARED, MEASURES, OF_ANSWERS
 from data.pairs import STEM, Movie, Pair, preference_row
 from data.runs import WEIGHTS, model_of, plain, read_run, settings_of
-from data.verdict import (
-    BOTH_ONE_LETTER,
-    KINDS,
-    USERS_TO_QUOTE,
-    caveats_of,
-    caveats_of_baselines,
-    caveats_of_verdict,
-    interval_text,
-    letter_always_answered,
-    pairs_seen,
-    rounded,
-    sentence,
-    with_interval,
-)
 
 Facts = dict[str, Any]
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -48,7 +35,7 @@ NO_VERDICT = "no verdict: it takes an arm named sft and an arm named dpo"
 
 def cell(value: Facts, unit: str) -> str:
     """A value with its interval."""
-    return "-" if value["value"] is None else with_interval(value, {"nats": 2, "": 3}.get(unit, 1))
+    return "-" if value["value"] is None else verdict.with_interval(value, {"nats": 2, "": 3}.get(unit, 1))
 
 
 def heading(measure: str) -> str:
@@ -74,13 +61,13 @@ def latex(metrics: Facts) -> str:
 def verdicts(metrics: Facts) -> list[tuple[str, str]]:
     """The verdicts against SFT and against the control in words, each with the difference that it is on."""
     control = metrics["control"]
-    seen = "" if control else pairs_seen("sft", metrics["arms"])
+    seen = "" if control else verdict.pairs_seen("sft", metrics["arms"])
     names = {"sft": f"an SFT that saw {seen}" if seen else "SFT"}
-    names |= {control: f"{KINDS.get(control, 'longer SFT')} ({control})"} if control else {}
+    names |= {control: f"{verdict.KINDS.get(control, 'longer SFT')} ({control})"} if control else {}
     found = []
     for arm, name in names.items():
         difference = metrics["comparisons"][f"dpo - {arm}"]
-        value, _, interval = interval_text(difference).partition(" ")
+        value, _, interval = verdict.interval_text(difference).partition(" ")
         lead = f"{value} points of ranking accuracy, 95% interval {interval}"
         found.append((f"{difference['verdict']} against {name}", lead))
     return found if control else [*found, (metrics["control_verdict"], "")]
@@ -98,8 +85,8 @@ def summary(metrics: Facts, model: str = "", notes: Sequence[str] = ()) -> str:
     blocks = [headline(metrics), *([differences(metrics)] if judged else [])]
     blocks += ["\n".join(["caveats", *(wrapped(f"- {text}", "  ") for text in told)])] if told else []
     if judged:
-        said = sentence(metrics, model)
-        blocks.append(wrapped(said if metrics["users"] < USERS_TO_QUOTE else f"to quote: {said}"))
+        said = verdict.sentence(metrics, model)
+        blocks.append(wrapped(said if metrics["users"] < verdict.USERS_TO_QUOTE else f"to quote: {said}"))
     return "\n\n".join(blocks)
 
 
@@ -121,7 +108,7 @@ def table(metrics: Facts) -> str:
         halves = [half_interval(found) for found in values]
         size = max(map(len, halves))
         both = zip(values, halves, strict=True)
-        cells = [f"{rounded(found['value'])} ±{half:<{size}}" if half else "-" for found, half in both]
+        cells = [f"{verdict.rounded(found['value'])} ±{half:<{size}}" if half else "-" for found, half in both]
         heads = textwrap.wrap(head.removesuffix(" %"), 11)
         columns.append([*[""] * (2 - len(heads)), *heads, *cells])
     first, second, *rows = aligned([*zip(*columns, strict=True)])
@@ -133,24 +120,24 @@ def table(metrics: Facts) -> str:
 def half_interval(found: Facts) -> str:
     """Half of an interval as text, the longer half where it ends at the measure's limit; "" where there is none."""
     value, low, high = (found[name] for name in ("value", "low", "high"))
-    return "" if value is None else rounded(max(high - value, value - low))
+    return "" if value is None else verdict.rounded(max(high - value, value - low))
 
 
 def differences(metrics: Facts) -> str:
     """DPO minus SFT and minus the control, and what these users can tell."""
     arms, control, found = metrics["arms"], metrics["control"], metrics["comparisons"]["dpo - sft"]
     compared = {name: metrics["comparisons"][name] for name in ("dpo - sft", f"dpo - {control}")[: 1 + bool(control)]}
-    rows = [["difference in points", *compared], ["ranking accuracy", *map(interval_text, compared.values())]]
+    rows = [["difference in points", *compared], ["ranking accuracy", *map(verdict.interval_text, compared.values())]]
     for name in ("order_free_accuracy", "response_accuracy"):
-        cells = ["-" if one[name]["value"] is None else interval_text(one[name]) for one in compared.values()]
+        cells = ["-" if one[name]["value"] is None else verdict.interval_text(one[name]) for one in compared.values()]
         rows.append([MEASURES[name][0], *cells])
     for name, key in (("p of McNemar's test (order-free)", "p"), ("p after Holm's correction", "p_holm")):
         if found["p"] is not None:
             rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])
     of_what = "users and runs" if found["scope"] == "method" else "users"
     said = f"These {of_what} can tell a difference of {found['detectable_points']:.1f} points from 0 (80% power)."
-    if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        said = f"{BOTH_ONE_LETTER}: more test users would not decide between them."
+    if all(verdict.letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
+        said = f"{verdict.BOTH_ONE_LETTER}: more test users would not decide between them."
     elif metrics["verdict"].startswith("INCONCLUSIVE") and found["scope"] == "method":
         said += " More training runs would narrow the interval further than more users."
     elif metrics["verdict"].startswith("INCONCLUSIVE"):
@@ -183,11 +170,7 @@ def emphasised(text: str) -> str:
 
 
 def report(
-    metrics: Facts,
-    generation: Facts,
-    notes: Sequence[str] = (),
-    run: Facts | None = None,
-    figures: Sequence[str] = (),
+    metrics: Facts, generation: Facts, notes: Sequence[str] = (), run: Facts | None = None, figures: Sequence[str] = ()
 ) -> str:
     """Verdicts, main table and figures, then all other measures, then the settings and definitions, as Markdown.
 
@@ -211,7 +194,7 @@ def report(
     lines += ["", "## Caveats", ""] if told else []
     marked = ((f"**{kind.capitalize()}:** " if kind else "", html.escape(text, quote=False)) for kind, text in told)
     lines += [f"- {kind}{text}" for kind, text in marked]
-    lines += ["", "## To quote", "", sentence(metrics, model)] if "verdict" in metrics else []
+    lines += ["", "## To quote", "", verdict.sentence(metrics, model)] if "verdict" in metrics else []
     lines += ["", "## Comparisons"]
     rows = []
     for name, found in metrics["comparisons"].items():
@@ -302,32 +285,32 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     lora, run = read_json(folder / "adapter_config.json"), read_run(folder)
-    trained, stage = settings_of(run), run["stage"] if run.get("stage") in tuple(KINDS) else ""
+    trained, stage = settings_of(run), run["stage"] if run.get("stage") in tuple(verdict.KINDS) else ""
     precision, weights = PRECISIONS[trained.get("bits", base["bits"])]
     names = [name for name in (*CARD_SETTINGS.get(stage, ()), *COMMON_SETTINGS) if name in trained]
-    measured: dict[str, Any] = {"arm": arm}
-    index: dict[str, Any] = {}
+    measured: Facts = {}
+    index: Facts = {}
     limits = []
     if metrics is not None:
         arms, found = metrics["arms"], metrics["arms"][arm]
-        there = [name for name in MEASURES if found[name]["value"] is not None]
-        cells = {name: cell(found[name], MEASURES[name][1]) for name in there}
+        cells = {name: cell(found[name], MEASURES[name][1]) for name in MEASURES if found[name]["value"] is not None}
         beside = [name for name in ("popularity", "base", "sft", "dpo") if name in arms and name != arm]
         others = ", ".join(f"{name} {cell(arms[name]['ranking_accuracy'], '%')}" for name in beside)
-        measured |= {"users": f"{metrics['users']:,}", "seeds": found["seeds"], "others": others}
-        measured |= {"cells": {heading(name): value for name, value in cells.items()}, "fast": base["fast"]}
-        measured |= {"precision": PRECISIONS[base["bits"]][0], "sha256": file_sha256(folder / WEIGHTS)}
-        measured |= {"sentence": metrics["sentence"] if arm in compared(metrics) else None}
+        measured = {
+            "users": f"{metrics['users']:,}", "seeds": found["seeds"], "others": others, "fast": base["fast"],
+            "precision": PRECISIONS[base["bits"]][0], "sha256": file_sha256(folder / WEIGHTS),
+            "cells": {heading(name): value for name, value in cells.items()},
+            "sentence": metrics["sentence"] if arm in compared(metrics) else None,
+        }
         about = {"task_type": "text-generation", "dataset_type": "movielens"}
         about["dataset_name"] = "film pairs of held-out users, both orders"
-        shown = [name for name in MAIN_MEASURES if name in cells]
         results = [
             EvalResult(
                 **about, metric_type=name, metric_name=heading(name), metric_value=found[name]["value"],
                 metric_args={"interval_95": [found[name]["low"], found[name]["high"]]},
             )
-            for name in shown
-        ]  # fmt: skip
+            for name in MAIN_MEASURES if name in cells
+        ]
         index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
         limits += card_limits(arm, metrics)
@@ -337,24 +320,10 @@ def model_card(
     film = Movie("title (year)", ("genre", "genre"))
     prompt = preference_row(Pair(("title (year)",) * 5, film, film), "A")["prompt"]
     card = ModelCard.from_template(
-        card_data,
-        str(DOCS / "model_card.md"),
-        mark=CARD_MARK,
-        base=base,
-        lora=lora,
-        run=run,
-        trained=trained,
-        stage=stage,
-        known=bool(names) and isinstance(run.get("data"), dict),
-        names=names,
-        plain=lambda value: plain(value) or "not known",
-        precision=precision,
-        weights=weights,
-        stem=STEM,
-        prompt=prompt,
-        kind=KINDS.get(stage, ""),
-        measured=measured if metrics is not None else None,
-        limits=limits,
+        card_data, str(DOCS / "model_card.md"), mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained,
+        stage=stage, kind=verdict.KINDS.get(stage, ""), names=names, precision=precision, weights=weights, stem=STEM,
+        prompt=prompt, known=bool(names) and isinstance(run.get("data"), dict), limits=limits,
+        measured=measured, plain=lambda value: plain(value) or "not known",
     )
     return str(card) + "\n"
 
@@ -366,8 +335,8 @@ def compared(metrics: dict[str, Any]) -> tuple[str, ...]:
 
 def card_limits(arm: str, metrics: dict[str, Any]) -> list[str]:
     """The caveats that concern an arm, and how many of its decisions another precision keeps, where measured."""
-    found = caveats_of(arm, metrics) + caveats_of_baselines(arm, metrics)
-    found += caveats_of_verdict(metrics) if arm in compared(metrics) else []
+    found = verdict.caveats_of(arm, metrics) + verdict.caveats_of_baselines(arm, metrics)
+    found += verdict.caveats_of_verdict(metrics) if arm in compared(metrics) else []
     for name, measures in metrics["arms"].items():
         if name.startswith(f"{arm}@"):
             kept, bits = cell(measures["precision_consistency"], "%"), name.partition("@")[2].replace("bit", "-bit")

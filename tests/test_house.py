@@ -53,8 +53,9 @@ def test_imports_within_data_point_one_way():
     assert {f"data.{name}" for name in ORDER} == {*MODULES}
     for place, name in enumerate(ORDER):
         nodes = ast.walk(ast.parse((ROOT / "data" / f"{name}.py").read_text(encoding="utf-8")))
-        of_data = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-        used = {module.removeprefix("data.") for module in of_data if module.startswith("data.")}
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        used = {node.module.removeprefix("data.") for node in imports if node.module.startswith("data.")}
+        used |= {alias.name for node in imports if node.module == "data" for alias in node.names}
         assert used <= {*ORDER[:place]}, name
 
 
