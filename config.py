@@ -249,7 +249,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
 
     preset, reason = known.preset, ""
     if preset is None:
-        preset, reason = ("thesis", " (CUDA is present)") if cuda_present() else ("small", " (no CUDA device)")
+        cuda = torch.cuda.is_available()
+        preset, reason = ("thesis", " (CUDA is present)") if cuda else ("small", " (no CUDA device)")
     shown = f"Defaults are those of the preset {preset}{reason}; docs/hyperparameters.md has those of both."
     parser = HfArgumentParser(kind, allow_abbrev=False, epilog=shown)
     for action in parser._actions:
@@ -378,10 +379,6 @@ def next_command(settings: TrainingSettings) -> str:
     return shlex.join([*words, *(["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else [])])
 
 
-def evaluation_folder(settings: Settings) -> Path:
-    return Path(settings.outputs) / "evaluation"
-
-
 def reference_file(settings: TrainingSettings, start: Path | None) -> Path:
     """Where the log-probabilities of one reference of DPO are kept: named by all that they depend on but the rows."""
     path = Path(model_path(settings.base_model))
@@ -406,14 +403,10 @@ def load_split(settings: Settings) -> tuple[list[Pair], list[Pair]]:
 
 # --------------------------------------------------------------------------------------- model and tokenizer
 
-def cuda_present() -> bool:
-    return torch.cuda.is_available()
-
-
 def backend_of(settings: TrainingSettings) -> str:
     """The backend that trains: `unsloth` or `hf` (transformers, PEFT and bitsandbytes)."""
     if settings.backend == "auto":
-        return "unsloth" if cuda_present() and not FSDP else "hf"
+        return "unsloth" if torch.cuda.is_available() and not FSDP else "hf"
     return settings.backend
 
 
@@ -591,10 +584,6 @@ def empty_model(base_model: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(shape)
 
 
-def parameter_count(base_model: str) -> int:
-    return empty_model(base_model).num_parameters()
-
-
 def read_base(settings: Settings) -> Base:
     """What is known of the base model without loading it; UserError where it cannot be trained or scored here."""
     tokenizer, model = load_tokenizer(settings), empty_model(settings.base_model)
@@ -633,7 +622,7 @@ def fitting_batch_size(
     if not torch.cuda.is_available():
         fastest = max(size for size in divisors if size <= (8 if shared_prompt else 2))
         return settings.batch_size or fastest, bool(wanted), False
-    shape, parameters = model_shape(settings.base_model), parameter_count(settings.base_model)
+    shape, parameters = model_shape(settings.base_model), empty_model(settings.base_model).num_parameters()
     free, total = torch.cuda.mem_get_info()
     free = 0.85 * min(free, torch.cuda.get_per_process_memory_fraction() * total)
     words = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)  # not quantised
@@ -695,9 +684,9 @@ def _named_errors(base_model: str) -> Iterator[None]:
 
 def import_unsloth_first(backend: str) -> None:
     """Import Unsloth before the libraries that it patches, where it will train; UserError where it cannot."""
-    if backend == "hf" or (backend == "auto" and (not cuda_present() or FSDP)):
+    if backend == "hf" or (backend == "auto" and (not torch.cuda.is_available() or FSDP)):
         return
-    if not cuda_present():
+    if not torch.cuda.is_available():
         problem = "the unsloth backend needs CUDA, and there is none here"
         raise UserError(problem, "Give --backend hf, or --backend auto.")
     try:
@@ -739,7 +728,7 @@ def join_processes() -> None:
     """Let the processes of `accelerate launch` talk to each other."""
     from accelerate import PartialState
 
-    PartialState(cpu=not cuda_present())
+    PartialState(cpu=not torch.cuda.is_available())
 
 
 def environment_facts() -> dict[str, Any]:

@@ -56,7 +56,7 @@ from data.verdict import change_text, judge
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
-    folder = config.evaluation_folder(settings)
+    folder = Path(settings.outputs) / "evaluation"
     others = read_predictions(Path(settings.compare_with)) if settings.compare_with else None
     with only_run_in(folder) if config.RANK == 0 else contextlib.nullcontext():
         if settings.from_predictions:
@@ -158,7 +158,7 @@ def run_record(
         "seconds": seconds,
         **config.environment_facts(),
         "compute_dtype": str(scoring_dtype(settings.fast)).removeprefix("torch."),
-        "tensorfloat_32": settings.fast and config.cuda_present(),
+        "tensorfloat_32": settings.fast and torch.cuda.is_available(),
     }
 
 
@@ -293,9 +293,9 @@ def precisions(settings: EvaluationSettings) -> list[EvaluationSettings]:
 
 def scoring_dtype(fast: bool) -> torch.dtype:
     """float32; fast on a GPU lets it use TensorFloat-32 in matrix products, on a CPU it is bfloat16 where native."""
-    if fast and config.cuda_present():
+    if fast and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    return config.training_dtype() if fast and not config.cuda_present() else torch.float32
+    return config.training_dtype() if fast and not torch.cuda.is_available() else torch.float32
 
 
 @contextlib.contextmanager
@@ -384,7 +384,7 @@ def generate_answers(
     sampling = {"do_sample": False} if samples is None else sampling
     sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}  # whatever the base's defaults
     samples = samples or 1
-    step = max(1, (256 if config.cuda_present() else 64) // samples)
+    step = max(1, (256 if torch.cuda.is_available() else 64) // samples)
     starts = range(0, len(prompts), step)
     for start in tqdm(starts, f"generating {description}", unit="batch", leave=False, disable=len(starts) == 1):
         part = prompts[start : start + step]
@@ -462,7 +462,7 @@ def settings_of_results(folder: Path, training: dict[str, dict[str, Any]], outpu
 
     outputs: where adapters lie on this machine. A pairs file that lay elsewhere is looked for in data/.
     """
-    here = {"preset": "thesis" if config.cuda_present() else "small"}
+    here = {"preset": "thesis" if torch.cuda.is_available() else "small"}
     saved = next(filter(None, map(settings_of, (read_run(folder), *training.values()))), here)
     names = {field.name for field in dataclasses.fields(EvaluationSettings)} - {"preset", "outputs"}
     known = {name: saved[name] for name in names & saved.keys()}

@@ -159,7 +159,7 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
     from accelerate.utils import gather_object, release_memory
     from transformers import set_seed
 
-    if config.cuda_present():
+    if torch.cuda.is_available():
         torch.cuda.set_device(config.LOCAL_RANK)  # what is capped and measured is each process's own GPU
         if settings.gpu_memory_gb:
             total = torch.cuda.get_device_properties(config.LOCAL_RANK).total_memory
@@ -360,11 +360,11 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         "gradient_accumulation_steps": settings.effective_batch // config.PROCESSES // batch_size,
         "optim": settings.optim, "lr_scheduler_type": settings.lr_scheduler, "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm,
-        "bf16": bfloat16, "fp16": False, "use_cpu": not config.cuda_present(),
-        "tf32": config.cuda_present() and bfloat16,  # for what is left in float32: a tenth of the time
+        "bf16": bfloat16, "fp16": False, "use_cpu": not torch.cuda.is_available(),
+        "tf32": torch.cuda.is_available() and bfloat16,  # for what is left in float32: a tenth of the time
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "ddp_find_unused_parameters": False, "dataloader_pin_memory": config.cuda_present(),
+        "ddp_find_unused_parameters": False, "dataloader_pin_memory": torch.cuda.is_available(),
         "eval_strategy": "steps" if watched else "no", "eval_steps": settings.eval_steps if watched else None,
         "save_steps": settings.save_steps, "save_total_limit": 2, "disable_tqdm": False,
         "logging_steps": settings.logging_steps, "logging_first_step": True,
@@ -523,7 +523,7 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             rows, size, stock = self.train_dataset, self.args.per_device_train_batch_size, self.data_collator
             some = range(0, len(rows), -(-len(rows) // 1_000))  # to choose the lengths by
             lengths = row_lengths([tree_of(rows[index]) for index in some], size) if in_row else []
-            if not in_row and not config.cuda_present():  # a CPU rounds a row by its padded length: one for all
+            if not in_row and not torch.cuda.is_available():  # a CPU rounds a row by its padded length: one for all
                 lengths = [max(len(tree_of(row).tokens) for row in (*rows, *(self.eval_dataset or ())))]
             self.lengths, self.data_collator = lengths, lambda rows: tree_batch(rows, stock(rows), in_row, lengths)
             states = flat_hidden_states if in_row else tree_hidden_states
@@ -781,7 +781,7 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     tokenizer, base = config.load_tokenizer(settings), config.read_base(settings)
     model = f"{settings.base_model}, {base.parameters / 1e6:,.0f} M parameters in {settings.bits} bits"
     needed = 1.5 + base.parameters * settings.bits / 8 * 1.3 / 1e9
-    free = (torch.cuda.mem_get_info()[0] if config.cuda_present() else psutil.virtual_memory().available) / 1e9
+    free = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 1e9
     outputs = Path(settings.outputs).absolute()
     there = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
     disk = shutil.disk_usage(there).free / 1e9

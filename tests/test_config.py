@@ -168,7 +168,7 @@ def test_a_base_model_that_brings_code_is_refused_and_the_code_not_run(tmp_path)
     text = json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": code})
     (folder / "tokenizer_config.json").write_text(text)
     settings = EvaluationSettings(base_model=str(folder))
-    for load in (lambda: config.load_tokenizer(settings), lambda: config.parameter_count(str(folder))):
+    for load in (lambda: config.load_tokenizer(settings), lambda: config.empty_model(str(folder)).num_parameters()):
         with pytest.raises(UserError, match="cannot load the base model"):
             load()
     assert not (tmp_path / "ran").exists()

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ipywidgets
 import numpy as np
@@ -28,7 +29,7 @@ HISTORY = ["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"]
 
 @pytest.fixture(scope="module")
 def evaluation(evaluated):
-    return config.evaluation_folder(evaluated)
+    return Path(evaluated.outputs) / "evaluation"
 
 
 def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):

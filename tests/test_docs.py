@@ -222,7 +222,7 @@ def test_the_folders_of_the_quickstart_are_those_that_the_scripts_use():
     for preset, column in (("thesis", 2), ("small", 3)):
         settings = config.preset_settings(EvaluationSettings, preset)
         places = [config.adapter_folder(settings, stage) for stage in ("sft", "dpo")]
-        places.append(config.evaluation_folder(settings))
+        places.append(Path(settings.outputs) / "evaluation")
         rows = re.findall(r"^\| (?:SFT adapter|DPO adapter|results) \|.*", read("docs/quickstart.md"), re.M)
         assert [row.split("|")[column].strip(" `") for row in rows] == [str(place) for place in places]
 

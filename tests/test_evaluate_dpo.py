@@ -218,7 +218,7 @@ def test_the_published_adapters_are_scored_when_asked_for(trained, tmp_path, mon
 
 
 def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated, no_figures, tmp_path, capsys):
-    predictions = config.evaluation_folder(evaluated) / "predictions.csv"
+    predictions = Path(evaluated.outputs) / "evaluation" / "predictions.csv"
     rows = pd.read_csv(predictions, dtype={"seed": str}, keep_default_na=False)
     rows.loc[rows["arm"] == "dpo", "decision_margin"] = 9.0  # always right
     rows.to_csv(tmp_path / "other.csv", index=False)
@@ -406,7 +406,7 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
 
 
 def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_figures, tmp_path, capsys):
-    rows = read_predictions(config.evaluation_folder(evaluated) / "predictions.csv")
+    rows = read_predictions(Path(evaluated.outputs) / "evaluation" / "predictions.csv")
     rows.to_csv(tmp_path / "first.csv", index=False, columns=COLUMNS[1])
     place = ["--preset", "small", "--outputs", str(tmp_path)]
     evaluate_dpo.main([*place, "--from_predictions", str(tmp_path / "first.csv")])

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -119,9 +120,9 @@ def executed(evaluated, tmp_path_factory):
     All in one kernel: on an evaluation; where there are neither results nor adapters; and on an evaluation whose
     adapters are those of the published folder alone, up to where they are loaded.
     """
-    elsewhere, before = tmp_path_factory.mktemp("elsewhere"), files_of(config.evaluation_folder(evaluated))
+    elsewhere, before = tmp_path_factory.mktemp("elsewhere"), files_of(Path(evaluated.outputs) / "evaluation")
     own = tmp_path_factory.mktemp("published")
-    shutil.copytree(config.evaluation_folder(evaluated), own / "outputs" / "evaluation")
+    shutil.copytree(Path(evaluated.outputs) / "evaluation", own / "outputs" / "evaluation")
     for arm in ("sft", "dpo"):
         shutil.copytree(config.adapter_folder(evaluated, arm), own / "adapters" / arm)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -152,7 +153,7 @@ def executed(evaluated, tmp_path_factory):
 def test_the_notebook_runs_on_an_evaluation_and_without_one(executed, evaluated):
     told, elsewhere, before = executed
     first, second = told["own"], told["none"]
-    evaluation = config.evaluation_folder(evaluated)
+    evaluation = Path(evaluated.outputs) / "evaluation"
     assert str(evaluation) in first["source"] and "loaded: base model; SFT; DPO" in first["load"]
     for name in ("show-user", "own-pair"):
         assert first[name].count("as Option A") == first[name].count("as Option B") == 1

@@ -269,7 +269,7 @@ def run_case(case: dict) -> dict:
     if case.get("profile"):
         step = {"seconds": round(seconds / timed, 4)} | times | {"top": top}
         Path(case["profile"]).write_text(json.dumps(step, indent=1) + "\n")
-    weights = config.parameter_count(case["model"])
+    weights = config.empty_model(case["model"]).num_parameters()
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
     flop = in_matrices * (6 if stage == "dpo" and not shared else 4) * computed / len(rows)

@@ -23,6 +23,8 @@ import gpu  # noqa: E402
 
 sys.path.insert(0, str(gpu.ROOT))
 
+import torch  # noqa: E402
+
 import config  # noqa: E402
 
 CPU_CASES = [("stock", 1), ("stock", 2), ("stock", 8), ("shared", 2), ("shared", 4), ("shared", 8)]
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/training-benchmark")
     parser.add_argument("--results", type=Path, default=gpu.ROOT / "docs" / "results")
     options = parser.parse_args()
-    cuda = config.cuda_present()
+    cuda = torch.cuda.is_available()
     cases = json.loads(options.cases) if options.cases else CUDA_CASES if cuda else CPU_CASES
     Path(options.work).mkdir(parents=True, exist_ok=True)
     if options.scaling:

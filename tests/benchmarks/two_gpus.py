@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import config  # noqa: E402
 from data.files import write_json  # noqa: E402
@@ -34,7 +35,7 @@ def call(script: str, flags: str, processes: int, configuration: str = "") -> No
     launcher = []
     if processes > 1:
         launcher = ["-m", "accelerate.commands.launch", *shlex.split(configuration or f"--num_processes {processes} --multi_gpu")]
-        if not config.cuda_present():  # where the script itself is tried
+        if not torch.cuda.is_available():  # where the script itself is tried
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {}
