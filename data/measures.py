@@ -94,8 +94,9 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         parts = {name: difference(measured[one][name], measured[other][name]) for name in COMPARED}
         differences = {name: difference_interval(part, len(pairs)) for name, part in parts.items()}
         ranking, scope = differences.pop("ranking_accuracy"), scope_of(parts["ranking_accuracy"])
-        several_pairs = len(pairs) > count  # McNemar's test takes each for a user of its own
-        p = None if several_pairs else mcnemar_of_runs(runs[one], runs[other])
+        right = [wins(scores["decision_margin"].sum(axis=1)) for arm in (one, other) for scores in runs[arm].values()]
+        single = len(pairs) == count and len(right) == 2  # McNemar's test knows users alone: no runs, no other pairs
+        p = mcnemar(*right) if single else None
         found = {"scope": scope, "p": p, "p_holm": None} | users_needed(ranking, count, scope)
         comparisons[f"{one} - {other}"] = ranking | differences | found
     tested = [found for found in comparisons.values() if found["p"] is not None]
@@ -133,10 +134,8 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
     for arm in ("sft", *sft_controls(here)):
         if {"dpo", arm} <= here.keys() & there.keys():
             leads = [difference(*(arms[name]["ranking_accuracy"] for name in ("dpo", arm))) for arms in (here, there)]
-            if all(len(lead) == 1 for lead in leads):
-                parts = difference(leads[0][0], leads[1][0])
-            else:
-                parts = [*leads[0], *map(negated, leads[1])]
+            paired = all(len(lead) == 1 for lead in leads)
+            parts = difference(*leads[0], *leads[1]) if paired else [*leads[0], *map(negated, leads[1])]
             interval, scope = difference_interval(parts, len(pairs)), scope_of(parts)
             detectable = users_needed(interval, int(users.max()) + 1, scope)["detectable_points"]
             found[f"dpo - {arm}"] = interval | {"scope": scope, "detectable_points": detectable}
@@ -328,8 +327,7 @@ def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
 
 def scope_of(parts: Sequence[Measured]) -> str:
     """`method` where each trained arm has three runs, so that another run's result can be told; else `adapters`."""
-    enough = all(len(part.seeds) >= RUNS_FOR_METHOD for part in parts if part.trained)
-    return "method" if enough else "adapters"
+    return "method" if all(len(part.seeds) >= RUNS_FOR_METHOD for part in parts if part.trained) else "adapters"
 
 
 def half_width(parts: Sequence[Measured]) -> float:
@@ -407,14 +405,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     from statsmodels.stats.multitest import multipletests
 
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
-
-
-def mcnemar_of_runs(one: dict[str, Scores], other: dict[str, Scores]) -> float | None:
-    """McNemar's p of two arms' order-free decisions; None where either has several runs: it knows users alone."""
-    if len(one) > 1 or len(other) > 1:
-        return None
-    [first], [second] = one.values(), other.values()
-    return mcnemar(*(wins(scores["decision_margin"].sum(axis=1)) for scores in (first, second)))
 
 
 def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any]:

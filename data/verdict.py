@@ -11,7 +11,8 @@ BOTH_ONE_LETTER = "Both arms answer one letter almost always"
 OF_SCOPE = {"method": "", "adapters": " (these adapters)"}  # what a verdict is on, behind it
 NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
-FRACTIONS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
+SHARES = {1: "as many pairs", 2: "half of the pairs", 3: "a third of the pairs"}
+SHARES |= {4: "a quarter of the pairs", 5: "a fifth of the pairs"}
 SAYS = {  # a verdict: does DPO rank better?
     "SUPPORTED": "yes",
     "PARTIAL: small gain": "yes",
@@ -99,10 +100,8 @@ def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
     seen, of_dpo = arms[arm]["pairs_seen"], arms["dpo"]["pairs_seen"]
     if not seen or not of_dpo:
         return ""
-    near = [word for part, word in FRACTIONS.items() if abs(part * seen / of_dpo - 1) < 0.05]
-    if near or abs(seen / of_dpo - 1) < 0.05:
-        return f"{near[0]} of the pairs" if near else "as many pairs"
-    return f"{100 * seen / of_dpo:.0f}% of the pairs"
+    near = (words for part, words in SHARES.items() if abs(part * seen / of_dpo - 1) < 0.05)
+    return next(near, f"{100 * seen / of_dpo:.0f}% of the pairs")
 
 
 def conclusion(metrics: dict[str, Any]) -> str:
@@ -114,11 +113,6 @@ def conclusion(metrics: dict[str, Any]) -> str:
     sft = f"an SFT that saw {pairs_seen('sft', arms) or 'an unknown number of pairs'}"
     text = CASES[over_sft, over_control].format(dpo=dpo, sft=sft, control=longer(metrics["control"]))
     return text[0].upper() + text[1:]
-
-
-def named(arm: str) -> str:
-    """An arm in a text: its name for readers where it has one, else its key."""
-    return KINDS.get(arm, arm)
 
 
 def listed(names: list[str], last: str) -> str:
@@ -236,7 +230,7 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
         chosen, rejected = (with_interval(measures[f"{name}_change"], sign="+") for name in ("chosen", "rejected"))
         falls = f"the chosen response became less likely, {chosen} nats from the reference (rejected: {rejected})"
         found.append(f"{falls}. This is likelihood displacement")
-    return [f"{named(arm)}: {text}." for text in found]
+    return [f"{KINDS.get(arm, arm)}: {text}." for text in found]
 
 
 def caveats_of_baselines(arm: str, metrics: dict[str, Any]) -> list[str]:
@@ -252,7 +246,7 @@ def caveats_of_baselines(arm: str, metrics: dict[str, Any]) -> list[str]:
     open_ = [name for name, one in baselines.items() if one["low"] <= 0 <= one["high"]]
     found = [f"it ranks worse than {listed(worse, 'and')}"] if worse else []
     found += [f"it is not shown to rank better than {listed(open_, 'or')}"] if open_ else []
-    return [f"{named(arm)}: {text}." for text in found]
+    return [f"{KINDS.get(arm, arm)}: {text}." for text in found]
 
 
 def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
@@ -269,14 +263,14 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
         seen = pairs_seen(arm, arms)
         if seen not in ("", "as many pairs"):
             why = "Unequal training may explain the difference"
-            found.append(f"{named(arm)}: it saw {seen} that DPO saw. {why}.")
+            found.append(f"{KINDS.get(arm, arm)}: it saw {seen} that DPO saw. {why}.")
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
         if arm != metrics["control"] and SAYS[also["verdict"].partition(" (")[0]] != "yes" and difference["low"] > 0:
             found.append(f"DPO: it is not shown to rank better than {arm} either ({interval_text(also)} points).")
     few = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] < RUNS_FOR_METHOD]
     if few:
-        runs = "; ".join(f"{named(arm)}: {arms[arm]['seeds']}" for arm in few)
+        runs = "; ".join(f"{KINDS.get(arm, arm)}: {arms[arm]['seeds']}" for arm in few)
         found.append(
             f"Fewer than {RUNS_FOR_METHOD} training runs ({runs}): the verdict is on these adapters. "
             "Another seed may give another result, and the intervals leave this out."
