@@ -346,7 +346,6 @@ class Run(NamedTuple):
         return adapter_folder(self.settings, self.stage)
 
     def found(self, pairs_sha256: str) -> There:
-        """What lies in its folder already."""
         return what_is_there(self.folder, self.stage, vars(self.settings), pairs_sha256, self.start)
 
 

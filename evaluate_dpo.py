@@ -300,7 +300,6 @@ def scoring_dtype(fast: bool) -> torch.dtype:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Note how long the block takes, in seconds."""
     began = time.monotonic()
     yield
     seconds[what] = round(time.monotonic() - began, 1)

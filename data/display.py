@@ -77,7 +77,6 @@ def picture(figure: Any, name: str) -> None:
 
 # -------------------------------------------------------------------------------------------------- the data
 
-
 def films_of(pairs: Sequence[Pair], train: Sequence[Pair]) -> pd.DataFrame:
     """One row per film of each pair: its role, title, genres, and how many training users watched it."""
     watched = film_counts(train)
@@ -113,7 +112,6 @@ def example_of(pairs: Sequence[Pair]) -> Pair:
 
 # -------------------------------------------------------------------------------------------------- one user
 
-
 def choices(arm: str, pair: Pair, decision: Sequence[float]) -> pd.DataFrame:
     """One row per order: what an arm recommends, with an empty `answer`.
 
@@ -133,10 +131,8 @@ def recorded_choices(predictions: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     """What each model made of one pair when it was evaluated (the arm's first seed), without answers."""
     rows = predictions[(predictions["pair_id"] == pair.pair_id) & (predictions["history"] == "own")]
     rows = rows[rows["kind"] == "model"].drop_duplicates(["arm", "order"]).sort_values("order", kind="stable")
-    return pd.concat(
-        [choices(arm, pair, found["decision_margin"]) for arm, found in rows.groupby("arm", sort=False)],
-        ignore_index=True,
-    )
+    parts = [choices(arm, pair, found["decision_margin"]) for arm, found in rows.groupby("arm", sort=False)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known: bool = True) -> str:
@@ -186,7 +182,6 @@ def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------- pickers
 
-
 def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bool) -> dict[str, list[str]]:
     """pair_ids of the test users who can be shown, by what the arms made of them; live: the arms are loaded.
 
@@ -209,9 +204,9 @@ def user_names(test: Sequence[Pair]) -> dict[str, str]:
     seen: Counter[str] = Counter()
     names = {}
     for pair in test:
-        seen[pair.preferred.title] += 1
-        number = seen[pair.preferred.title]
-        names[pair.pair_id] = pair.preferred.title + (f", user {number}" if number > 1 else "")
+        title = pair.preferred.title
+        seen[title] += 1
+        names[pair.pair_id] = title + (f", user {seen[title]}" if seen[title] > 1 else "")
     return names
 
 

@@ -133,9 +133,8 @@ def draw_measures(
     figure, axis = figure_of_arms(arms, axis_label, middle)
     styles, drawn = arm_styles([*metrics["arms"]]), {}
     for number, (measure, label) in enumerate(measures.items()):
-        marker = {"marker": "os^"[number], "markersize": 4, "linestyle": ""} | (
-            {"markerfacecolor": "white"} if number else {}
-        )
+        marker = {"marker": "os^"[number], "markersize": 4, "linestyle": ""}
+        marker |= {"markerfacecolor": "white"} if number else {}
         for row, arm in enumerate(arms):
             found, place = metrics["arms"][arm][measure], row + 0.24 * (number - (len(measures) - 1) / 2)
             if found["value"] is not None:
@@ -217,11 +216,8 @@ def draw_seeds(metrics: dict[str, Any]) -> Figure:
 
 @rc_context(STYLE)
 def draw_ablation(
-    points: dict[str, dict[str, dict[str, float]]],
-    default: str,
-    setting: str,
-    axis_label: str = "ranking accuracy, %",
-    caption: str = "",
+    points: dict[str, dict[str, dict[str, float]]], default: str, setting: str,
+    axis_label: str = "ranking accuracy, %", caption: str = "",
 ) -> Figure:
     """Arms over the values of one setting, with their 95% intervals; the default is shaded and named.
 

@@ -161,7 +161,6 @@ def sft_controls(arms: dict[str, Any]) -> list[str]:
 
 # ---------------------------------------------------------------------------------------- measures of one run
 
-
 def scores_of_runs(predictions: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, dict[str, Scores]]:
     """What each run gave to every pair, by arm and seed; nan where it gave nothing.
 
@@ -324,7 +323,6 @@ def generation_measures(rows: pd.DataFrame) -> dict[str, float | None]:
 
 # ---------------------------------------------------------------------------------------------------- intervals
 
-
 def scope_of(parts: Sequence[Measured]) -> str:
     """`method` where each trained arm has three runs, so that another run's result can be told; else `adapters`."""
     return "method" if all(len(part.seeds) >= RUNS_FOR_METHOD for part in parts if part.trained) else "adapters"
@@ -389,7 +387,6 @@ def difference_interval(parts: Sequence[Measured], pairs: int) -> dict[str, Any]
 
 
 # -------------------------------------------------------------------------------------- tests of a difference
-
 
 def mcnemar(right_one: np.ndarray, right_other: np.ndarray) -> float:
     """p of McNemar's exact test on two arms' right (1) or wrong (0) answers to the same users; ties are left out."""

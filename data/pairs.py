@@ -118,8 +118,7 @@ def load_pairs(path: str | Path) -> list[Pair]:
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Write a pairs file, whole or not at all; PairsError where a pair would not be read back as it is."""
-    lines = [_as_line(pair) for pair in pairs]
-    write_text(Path(path), "".join(lines))
+    write_text(Path(path), "".join(map(_as_line, pairs)))
 
 
 def make_pair(history: Iterable[str], preferred: tuple[str, str], other: tuple[str, str]) -> Pair:

@@ -76,7 +76,6 @@ def completed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def version_of(rows: pd.DataFrame) -> int:
-    """The version of predictions.csv that `completed` rows come from."""
     return 1 if rows["preferred_count"].isna().all() else 2
 
 

@@ -34,7 +34,6 @@ NO_VERDICT = "no verdict: it takes an arm named sft and an arm named dpo"
 
 
 def cell(value: Facts, unit: str) -> str:
-    """A value with its interval."""
     return "-" if value["value"] is None else verdict.with_interval(value, {"nats": 2, "": 3}.get(unit, 1))
 
 
@@ -74,7 +73,6 @@ def verdicts(metrics: Facts) -> list[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------------------- on a terminal of 80 columns
-
 
 def summary(metrics: Facts, model: str = "", notes: Sequence[str] = ()) -> str:
     """The headline, the differences, the caveats and the sentence to quote: blocks with an empty line between them.
@@ -167,7 +165,6 @@ def emphasised(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ report.md
-
 
 def report(
     metrics: Facts, generation: Facts, notes: Sequence[str] = (), run: Facts | None = None, figures: Sequence[str] = ()

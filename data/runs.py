@@ -50,7 +50,6 @@ def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """How two runs differ, in words."""
     others = {name: value for name, value in now.items() if before.get(name) != value}
     return "; ".join(f"{name} {before.get(name)!r}, not {value!r}" for name, value in others.items())
 

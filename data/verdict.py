@@ -120,7 +120,6 @@ def listed(names: list[str], last: str) -> str:
 
 
 def longer(control: str | None) -> str:
-    """The control in a sentence."""
     return "continued SFT" if control == "sft_more" else "longer SFT"
 
 
@@ -178,7 +177,6 @@ def rounded(value: float, digits: int = 1, sign: str = "") -> str:
 
 
 def with_interval(found: dict[str, Any], digits: int = 1, sign: str = "", unit: str = "") -> str:
-    """A value with its interval."""
     value, low, high = (rounded(found[name], digits, sign) for name in ("value", "low", "high"))
     return f"{value}{unit} [{low}, {high}]"
 
@@ -194,7 +192,6 @@ def change_text(name: str, found: dict[str, Any], other: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ caveats
-
 
 def caveats(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the verdict must know."""
