@@ -38,7 +38,7 @@ def adapter_problem(folder: Path, base: Base) -> str:
     try:
         return printable(_folder_problem(folder) or _weights_problem(folder, base))
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        return printable(f"{folder}/{CONFIG} or the header of its weights has another form than PEFT's ({error})")
+        return printable(f"{folder}/{CONFIG} has another form than PEFT's ({error})")
 
 
 def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:

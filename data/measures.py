@@ -80,14 +80,13 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
     count = int(users.max()) + 1
     arms = {}
     rows_of = dict(iter(predictions[predictions["history"] == "own"].groupby("arm")))
-    for arm in measured:
+    for arm, of_arm in measured.items():
         rows = rows_of[arm]
-        kind = rows["kind"].iloc[0]
-        near_ties = int((rows["decision_margin"].abs() < NEAR_TIE).sum())
+        kind, near_ties = rows["kind"].iloc[0], int((rows["decision_margin"].abs() < NEAR_TIE).sum())
         about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
         about |= {"reference": rows["reference"].max() or None}
         about |= {name: number(rows[name].max()) for name in ("beta", "pairs_seen")}
-        arms[arm] = about | {name: estimate(name, found) for name, found in measured[arm].items()}
+        arms[arm] = about | {name: estimate(name, found) for name, found in of_arm.items()}
 
     comparisons = {}
     for one, other in compared_arms(arms):

@@ -38,17 +38,21 @@ CASES = {  # (better than SFT, better than the control): what follows
 
 
 def judge(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics with what follows from them: verdicts, caveats, sentence; without `sft` or `dpo` there are none."""
-    arms, comparisons = metrics["arms"], metrics["comparisons"]
-    for arm in ("sft", *sft_controls(arms)):
+    """The metrics with what follows from them: verdicts, caveats, sentence; without `sft` or `dpo` there are none.
+
+    The second verdict is on the control `sft_more` or, where there is none, on the best other one.
+    """
+    arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
+    for arm in ("sft", *controls):
         if found := comparisons.get(f"dpo - {arm}"):
             one_letter = all(letter_always_answered(arms[name]) for name in (arm, "dpo"))
             says = verdict(found["value"], found["low"], found["high"], one_letter)
             found["verdict"] = says + OF_SCOPE[found["scope"]]
     if "dpo - sft" in comparisons:
-        control = control_of(arms)
+        best = max(controls, key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default=None)
+        control = "sft_more" if "sft_more" in controls else best
         metrics["verdict"] = comparisons["dpo - sft"]["verdict"]
-        metrics["control"] = control or None
+        metrics["control"] = control
         metrics["control_verdict"] = comparisons[f"dpo - {control}"]["verdict"] if control else NO_CONTROL
         scopes = [comparisons[f"dpo - {arm}"]["scope"] for arm in ("sft", control) if arm]
         metrics["scope"] = "adapters" if "adapters" in scopes else "method"
@@ -73,13 +77,6 @@ def verdict(difference: float, low: float, high: float, one_letter: bool = False
     if high < 0:
         return "NOT SUPPORTED"
     return "PARTIAL: small gain" if low > 0 else "INCONCLUSIVE"
-
-
-def control_of(arms: dict[str, Any]) -> str:
-    """The control that the second verdict is on: `sft_more` or, where there is none, the best other one; "" if none."""
-    controls = sft_controls(arms)
-    best = max(controls, key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default="")
-    return "sft_more" if "sft_more" in controls else best
 
 
 def letter_always_answered(measures: dict[str, Any], seed: str = "") -> str:
