@@ -570,6 +570,7 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
 def shorten_walks(model: Any) -> None:
     """Keep a step from a walk over every module, 10 ms for an 8B model, to set what is set and clear what is frozen."""
     walk, trained = model.train, [weight for weight in model.parameters() if weight.requires_grad]
+    walk()  # a fresh PeftModel says that it trains, while the layers in it do not
 
     def zero_grad(set_to_none: bool = True) -> None:
         for weight in trained:
@@ -629,8 +630,7 @@ class Graphs:
         self.lengths = sorted(lengths, reverse=True)
         self.captured: dict[int, Callable[..., Any]] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.weights: list[Any] = []
-        self.kept: list[Any] = []
+        self.weights, self.kept = list[Any](), list[Any]()
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
         if torch.is_grad_enabled() != self.backward:

@@ -551,6 +551,24 @@ def trainer_of(flags: list[str], kind: str, init: str, stage: str = "dpo"):
     return trainer
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_checkpointing_computes_layers_again_in_the_shared_trainer_too(training_flags, monkeypatch, stage):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward, calls, passes = LlamaDecoderLayer.forward, [], {}
+    count = lambda layer, *given, **named: calls.append(1) or forward(layer, *given, **named)  # noqa: E731
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
+    for checkpointing in (False, True):
+        trainer = trainer_of([*training_flags, "--gradient_checkpointing", str(checkpointing)], "shared", "base", stage)
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable()  # as train() does
+        inputs = train_dpo.first_inputs(trainer, 2)
+        calls.clear()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        passes[checkpointing] = len(calls)
+    assert passes == {False: 2, True: 4}, "two layers"
+
+
 def loss_and_gradients(trainer, examples, count=None):
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples), num_items_in_batch=count)
