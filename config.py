@@ -288,7 +288,7 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)  # JSON may hold tabs
     except (OSError, ValueError, yaml.YAMLError) as error:
         problem = f"cannot read the settings file {path}: {str(error).splitlines()[0]}"
-        raise UserError(problem, "Mend the file.") from None
+        raise UserError(problem, "Fix the file.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings", "Write one `name: value` a line.")
     flags: list[str] = []

@@ -744,7 +744,7 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
     difference = (found - remembered).abs().mean().item()
     if difference > (1e-2 if config.training_dtype() == torch.float32 else 2.0):  # of a hundred nats; bfloat16 rounds
         problem = f"dpo: the reference in {path} is not the policy that training starts from"
-        raise UserError(f"{problem}: {difference:.3f} nats a response", "Delete the file, so that it is computed anew.")
+        raise UserError(f"{problem}: {difference:.3f} nats a response", "Delete the file, so it is computed again.")
     trainer.precompute_ref_logps = True
     if config.RANK == 0:
         write_json(path, known)

@@ -151,7 +151,7 @@ def starting_point(
     lora = read_json(folder / CONFIG)
     found = {"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}  # DPO goes on with them
     other = " ".join(f"--{name} {value}" for name, value in found.items() if value != size[name])
-    return (f"{folder}, which has {other}", f"Give {other}, or train SFT anew.") if other else (str(folder), "")
+    return (f"{folder}, which has {other}", f"Give {other}, or train SFT again.") if other else (str(folder), "")
 
 
 def unlike_plain_lora(folder: Path, targets: Collection[str]) -> list[str]:

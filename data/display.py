@@ -50,7 +50,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
     metrics = read_json(folder / "metrics.json")
     if metrics.get("schema_version") != SCHEMA_VERSION:
         command = f"python evaluate_dpo.py --from_predictions {folder}/predictions.csv"
-        raise UserError(f"{folder}/metrics.json is of another version", f"Make it anew with: {command}")
+        raise UserError(f"{folder}/metrics.json is of another version", f"Make it again with: {command}")
     files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
     return metrics, read_predictions(files[0]) if files else None
 
@@ -211,7 +211,7 @@ def user_names(test: Sequence[Pair]) -> dict[str, str]:
 
 
 def newest_in(area: Any, pages: Callable[..., Iterable[str]]) -> Callable[..., threading.Thread]:
-    """A function that shows pages(...), of HTML, one by one in an Output widget; called anew, it ends the older call.
+    """A function that shows pages(...), of HTML, one by one in an Output widget; called again, it ends the older call.
 
     It works in a thread of its own: JupyterLab handles one message of a widget after another, so that a second pick
     would wait until all of the first is written.

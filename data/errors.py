@@ -47,7 +47,7 @@ def fault_of_the_machine(error: Exception) -> UserError | None:
         return UserError(f"the disk is full: {text}", remedy)
     refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
     if number in refused or re.search(r"os error (13|1|30)\b", text):
-        remedy = "Mend its permissions, or give --outputs a folder that you may write to."
+        remedy = "Fix its permissions, or give --outputs a folder that you may write to."
         return UserError(f"cannot read or write: {text}", remedy)
     return None
 
@@ -88,7 +88,7 @@ def print_checks(checks: list[Check]) -> None:
         mark = "!!" if remedy else "--" if what == "note" else "ok"
         print(f"{mark}  {what:<{width}}  {found}" + f"\n    {'':<{width}}  {remedy}" * bool(remedy))
     problems = sum(bool(remedy) for _, _, remedy in checks)
-    print("ready to train" if not problems else f"{problems} thing(s) to mend before training")
+    print("ready to train" if not problems else f"{problems} thing(s) to fix before training")
     if problems:
         raise SystemExit(2)
 

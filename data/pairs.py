@@ -7,7 +7,7 @@ A pairs file holds one JSON object a line, with the keys `instruction`, `input` 
 
 A line may also have a `user_id`: without one, the pairs that share a history are taken for one user's.
 
-`preference_row` writes the sentences anew: the preferred film may stand in either order, and the rejected response
+`preference_row` writes the sentences again: the preferred film may stand in either order, and the rejected response
 reads as well as the chosen one.
 """
 
@@ -211,7 +211,7 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     except OSError as error:
         raise UserError(f"cannot read the pairs file {path}: {error.strerror}", "Give --pairs a file.") from None
     except PairsError as error:
-        raise UserError(error, "Mend these lines, or build the file anew with data/build_pairs.py.") from None
+        raise UserError(error, "Fix these lines, or build the file again with data/build_pairs.py.") from None
     train, test = split_pairs(pairs, test_share)
     if not train or not test:
         few = f"{len(pairs)} pair(s) of {len({pair.user_id for pair in pairs})} user(s)"

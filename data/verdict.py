@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
@@ -154,10 +157,16 @@ def runs_text(arms: dict[str, Any], *names: str) -> str:
     """How many training runs arms have, and of which seeds."""
     counts = dict.fromkeys(str(arms[name]["seeds"]) for name in names)
     runs = f"{' and '.join(counts)} training run{'' if [*counts] == ['1'] else 's'}"
-    seeds = dict.fromkeys(", ".join(arms[name]["ranking_accuracy"].get("runs", {})) for name in names)
+    seeds = dict.fromkeys(tuple(arms[name]["ranking_accuracy"].get("runs", ())) for name in names)
     each = " each" if len(names) > 1 and len(counts) == 1 else ""
-    word = "seed" if all("," not in named for named in seeds) else "seeds"
-    return f"{runs}{each}, {word} {' and '.join(seeds)}" if all(seeds) else runs + each
+    word = "seed" if all(len(of) == 1 for of in seeds) else "seeds"
+    return f"{runs}{each}, {word} {' and '.join(map(seeds_text, seeds))}" if all(seeds) else runs + each
+
+
+def seeds_text(seeds: Sequence[str]) -> str:
+    """3407 to 3416, where each is one more than the last and they are three or more; else all of them."""
+    follow = len(seeds) > 2 and all(seed.isdecimal() for seed in seeds) and np.all(np.diff(np.int64(seeds)) == 1)
+    return f"{seeds[0]} to {seeds[-1]}" if follow else ", ".join(seeds)
 
 
 def spoken(found: dict[str, Any]) -> str:

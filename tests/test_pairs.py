@@ -190,7 +190,7 @@ def test_a_pairs_file_of_a_gigabyte_is_refused_unread(tmp_path):
     with open(tmp_path / "p.jsonl", "wb") as file:
         file.truncate(10**9)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="1.0 GB, more than .*\nMend these lines, or build the file anew"):
+    with pytest.raises(UserError, match="1.0 GB, more than .*\nFix these lines, or build the file again"):
         read_split(str(tmp_path / "p.jsonl"), 0.2)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 

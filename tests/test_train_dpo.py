@@ -410,7 +410,7 @@ def test_dpo_from_sft_starts_at_the_sft_adapter_and_refers_to_it(training_flags)
         assert torch.equal(reference, saved[name.replace(".default", "")]), "the reference moved"
     assert any(not torch.equal(after[name], saved[name.replace(".default", "")]) for name in trainable)
     other = "--lora_rank 16 --lora_alpha 16"
-    with pytest.raises(UserError, match=f"which has {other}\nGive {other}, or train SFT anew"):
+    with pytest.raises(UserError, match=f"which has {other}\nGive {other}, or train SFT again"):
         train_dpo.main([*training_flags, "--stage", "dpo", "--lora_rank", "4", "--lora_alpha", "8"])
 
 

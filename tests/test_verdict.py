@@ -113,7 +113,7 @@ def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, s
     metrics = judged(runs_of(3, seen, sft=0.6, **shares))
     first = "NOT SUPPORTED" if shares["dpo"] < 0.6 else "SUPPORTED"
     assert (metrics["verdict"], metrics["control_verdict"], metrics["scope"]) == (first, wanted, "method")
-    assert says in metrics["sentence"] and "3 training runs each, seeds 0, 1, 2" in metrics["sentence"]
+    assert says in metrics["sentence"] and "3 training runs each, seeds 0 to 2" in metrics["sentence"]
     shown = summary(metrics)
     verdicts = shown.partition("\n\n")[0]
     assert verdicts.startswith(f"verdict: {first} against ") and f"\n         {wanted}" in verdicts

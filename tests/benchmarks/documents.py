@@ -41,7 +41,7 @@ def laptop() -> str:
 
 CLAIMS = {  # by verdict
     "INCONCLUSIVE": "DPO is not shown to rank better than",
-    "PARTIAL: comparable": "DPO ranks like",
+    "PARTIAL: comparable": "DPO ranks within a point of",
     "PARTIAL: small gain": "DPO ranks a little better than",
     "SUPPORTED": "DPO ranks better than",
     "NOT SUPPORTED": "DPO ranks worse than",
@@ -58,10 +58,10 @@ def answer() -> str:
     lines = (
         f"**{CLAIMS[metrics['verdict']]} SFT** when both are tuned alike: {led} points of ranking accuracy.",
         f"**{CLAIMS[metrics['control_verdict']]} more SFT**, continued for as many steps: {led_more} points.",
-        f"**4 bits {matter}**: the second lead less that in 16 bits is {interval_text(more)} points.",
+        f"**4 bits {matter}**: that second lead, 4 bits minus 16 bits, is {interval_text(more)} points.",
         "**No language model is shown to beat popularity**, and Llama 3 8B is not measured yet.",
     )
-    said = f"SmolLM2-135M in 4 bits, {metrics['users']:,} held-out users, {runs} runs an arm, 95% intervals"
+    said = f"SmolLM2-135M in 4 bits, {metrics['users']:,} held-out users, {runs} runs per arm, 95% intervals"
     return "\n".join(f"- {line}" for line in lines) + f"\n\n{said}: [all results](docs/results/README.md)."
 
 

@@ -321,7 +321,7 @@ def add_rows(rows: pd.DataFrame, job: Job, results: Path) -> None:
     main = job.gives[0] in MAIN
     if not main:
         rows = rows[(rows["history"] == "own") & (rows["arm"] != "base")]
-        rows = rows[(rows["kind"] == "model") | (job.gives[0] == "transfer") | ("negatives" in job.gives[0])]
+        rows = rows[(rows["kind"] == "model") | ("negatives" in job.gives[0])]
         rows = rows.assign(study=rows["arm"] if len(job.gives) > 1 else job.gives[0])
         rows["arm"] = "dpo" if len(job.gives) > 1 else rows["arm"]
         numbers = {name: pd.to_numeric(rows[name]) for name in ("decision_margin", *LOG_PROBS, *WHOLE[:2])}

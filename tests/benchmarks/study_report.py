@@ -258,7 +258,7 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     "calibration": ("Calibration", "Of the decision, and of DPO's own probability σ(β(m − m_ref))."),
     "displacement": ("Displacement", "Change of log p against the reference. Both falling is the known failure of DPO."),
     "read_in_16": ("Trained in 4 bits, read in 16", "`@16bit` is the same adapter on 16-bit weights."),
-    "transfer": ("Transfer", "The adapters of the main study on all users of MovieLens-100K."),
+    "transfer": ("Transfer", "The adapters of the main study on all users of MovieLens-100K: three runs of each arm."),
     "ablations": ("Ablations", "Each changes one thing. Intervals are over users and, from three runs, over runs."),
     "search": ("Search", "Trials on training users held back. The control is chosen among trials as long as DPO's."),
     "answers": ("Generated answers", "100 users, five answers each at temperature 0.7."),
