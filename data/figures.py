@@ -273,6 +273,7 @@ def draw_losses(history: Sequence[dict[str, float]], stage: str) -> Figure:
         axes[0].axhline(math.log(2), color="0.7", linewidth=0.8, zorder=0, label="ln 2")
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):  # the first steps would flatten the rest
         axes[0].set_yscale("log")
+        axes[0].tick_params(axis="y", which="minor", labelleft=False)  # there are decades, and little room
     for axis in axes[:2]:  # the others' lines are those of the first
         lines = {line.get_label(): line for line in axis.lines}
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 3}

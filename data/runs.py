@@ -223,7 +223,7 @@ def learning_rate(run: dict[str, Any]) -> float | None:
 
 
 def training_runs(results: Path) -> dict[str, dict[str, Any]]:
-    """run.json of training runs by name, SFT first: of the adapters evaluated, or published beside the results."""
+    """run.json of training runs by name, in the order of stages: of the adapters evaluated, or published beside the results."""
     published = (*results.glob("*.run.json"), *results.glob("runs/*.run.json"))
     files = {path.name.removesuffix(".run.json"): path for path in published}
     adapters = {} if files else read_run(results).get("adapters", {})  # published ones are not those in outputs
@@ -231,4 +231,4 @@ def training_runs(results: Path) -> dict[str, dict[str, Any]]:
         files |= {f"{arm} {seed}".strip(): Path(folder) / RUN for seed, folder in seeds.items()}
     runs = {name: read_json(path) for name, path in sorted(files.items())}
     runs = {name: run for name, run in runs.items() if "stage" in run}  # an evaluation has none
-    return dict(sorted(runs.items(), key=lambda run: run[1]["stage"] != "sft"))
+    return dict(sorted(runs.items(), key=lambda run: (*STAGES, run[1]["stage"]).index(run[1]["stage"])))
