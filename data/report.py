@@ -137,7 +137,7 @@ def differences(metrics: Facts) -> str:
     if all(verdict.letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
         said = f"{verdict.BOTH_ONE_LETTER}: more test users would not decide between them."
     elif metrics["verdict"].startswith("INCONCLUSIVE") and found["scope"] == "method":
-        said += " More training runs would narrow the interval further than more users."
+        said += " More runs and more users would narrow the interval."
     elif metrics["verdict"].startswith("INCONCLUSIVE"):
         said += f" About {found['users_needed_for_2_points']:,} test users can tell 2 points from 0."
         said += f" About {found['users_needed_to_decide']:,} always decide: their interval is ±0.5 points."

@@ -223,7 +223,7 @@ def learning_rate(run: dict[str, Any]) -> float | None:
 
 
 def training_runs(results: Path) -> dict[str, dict[str, Any]]:
-    """run.json of training runs by name, in the order of stages: of the adapters evaluated, or published beside the results."""
+    """run.json of training runs by name, by stage: of the adapters evaluated, or published beside the results."""
     published = (*results.glob("*.run.json"), *results.glob("runs/*.run.json"))
     files = {path.name.removesuffix(".run.json"): path for path in published}
     adapters = {} if files else read_run(results).get("adapters", {})  # published ones are not those in outputs

@@ -16,28 +16,14 @@ NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
 SHARES = {1: "as many pairs", 2: "half of the pairs", 3: "a third of the pairs"}
 SHARES |= {4: "a quarter of the pairs", 5: "a fifth of the pairs"}
-SAYS = {  # a verdict: does DPO rank better?
-    "SUPPORTED": "yes",
-    "PARTIAL: small gain": "yes",
-    "NOT SUPPORTED": "no",
-    "PARTIAL: comparable": "no",
-    "INCONCLUSIVE": "open",
+SAYS = {  # a verdict: how DPO ranks beside the other arm
+    "SUPPORTED": "ranks better than",
+    "PARTIAL: small gain": "ranks a little better than",
+    "PARTIAL: comparable": "ranks within a point of",
+    "NOT SUPPORTED": "ranks worse than",
+    "INCONCLUSIVE": "is not shown to rank better or worse than",
 }
-CASES = {  # (better than SFT, better than the control): what follows
-    ("yes", "yes"): "{dpo} ranks better than SFT and better than {control}.",
-    ("yes", "no"): "{dpo} ranks better than SFT, but not better than {control}: more training gains as much or more.",
-    ("yes", "open"): "{dpo} ranks better than SFT. The data do not decide whether {control} gains as much.",
-    ("no", "yes"): "{dpo} does not rank better than SFT, but it ranks better than {control}.",
-    ("no", "no"): "{dpo} does not rank better than SFT or better than {control}.",
-    ("no", "open"): "{dpo} does not rank better than SFT. The data do not decide whether it is better than {control}.",
-    ("open", "yes"): "The data do not decide whether {dpo} ranks better than SFT. It ranks better than {control}.",
-    ("open", "no"): "The data do not decide whether {dpo} ranks better than SFT. "
-    "It does not rank better than {control}.",
-    ("open", "open"): "The data do not decide whether {dpo} ranks better than SFT or better than {control}.",
-    ("yes", ""): "{dpo} ranks better than {sft}. No control was trained, so more training may gain as much.",
-    ("no", ""): "{dpo} does not rank better than {sft}. No control was trained.",
-    ("open", ""): "The data do not decide whether {dpo} ranks better than {sft}. No control was trained.",
-}
+BETTER = ("SUPPORTED", "PARTIAL: small gain")
 
 
 def judge(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -105,13 +91,22 @@ def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
 
 
 def conclusion(metrics: dict[str, Any]) -> str:
-    """What follows from both verdicts, by CASES."""
+    """What both verdicts say, in one or two sentences."""
     arms, dpo = metrics["arms"], "DPO"
     if metrics["scope"] == "adapters":
         dpo = "this DPO adapter" if arms["dpo"]["seeds"] == 1 else "the mean of these DPO adapters"
-    over_sft, over_control = (SAYS.get(metrics[name].partition(" (")[0], "") for name in ("verdict", "control_verdict"))
     sft = f"an SFT that saw {pairs_seen('sft', arms) or 'an unknown number of pairs'}"
-    text = CASES[over_sft, over_control].format(dpo=dpo, sft=sft, control=longer(metrics["control"]))
+    first, second = (metrics[name].partition(" (")[0] for name in ("verdict", "control_verdict"))
+    gains = first in BETTER and second not in BETTER
+    if second not in SAYS:
+        text = f"{dpo} {SAYS[first]} {sft}. No control was trained{', so more training may gain as much' * gains}."
+    elif first == second:
+        word = "or" if first == "INCONCLUSIVE" else "and"
+        text = f"{dpo} {SAYS[first]} SFT {word} {longer(metrics['control'])}."
+    else:
+        link = "but" if (first in BETTER) != (second in BETTER) else "and"
+        text = f"{dpo} {SAYS[first]} SFT, {link} {SAYS[second]} {longer(metrics['control'])}."
+        text += " So more training may explain its lead." * gains
     return text[0].upper() + text[1:]
 
 
@@ -172,7 +167,7 @@ def seeds_text(seeds: Sequence[str]) -> str:
 def spoken(found: dict[str, Any]) -> str:
     """A difference with its interval, and what the interval is over."""
     over = "users and training runs" if found["scope"] == "method" else "users"
-    value, low, high = (rounded(found[name], sign="+") for name in ("value", "low", "high"))
+    value, low, high = (rounded(found[name], decimals(found), "+") for name in ("value", "low", "high"))
     return f"{value} points (95% interval {low} to {high} over {over})"
 
 
@@ -188,7 +183,13 @@ def with_interval(found: dict[str, Any], digits: int = 1, sign: str = "", unit: 
 
 
 def interval_text(difference: dict[str, Any]) -> str:
-    return with_interval(difference, sign="+")
+    return with_interval(difference, decimals(difference), "+")
+
+
+def decimals(difference: dict[str, Any]) -> int:
+    """How many a difference in points is told with: 2 where 1 would hide on which side of 0 or ±1 a bound lies."""
+    near = (abs(difference[bound] - limit) for bound in ("low", "high") for limit in (-1, 0, 1))
+    return 2 if any(0.005 <= distance < 0.05 for distance in near) else 1
 
 
 def change_text(name: str, found: dict[str, Any], other: str) -> str:

@@ -12,7 +12,7 @@ import config
 from data.files import read_json
 from data.measures import compute_metrics
 from data.report import summary
-from data.verdict import NO_CONTROL, SAYS, conclusion, judge, rounded, verdict
+from data.verdict import NO_CONTROL, SAYS, conclusion, interval_text, judge, rounded, verdict
 
 
 def judged(rows: pd.DataFrame) -> dict:
@@ -97,12 +97,33 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ("INCONCLUSIVE", "INCONCLUSIVE", "DPO is not shown to rank better or worse than SFT or continued SFT."),
+        ("INCONCLUSIVE", "PARTIAL: comparable", "better or worse than SFT, and ranks within a point of continued SFT."),
+        ("PARTIAL: small gain", "INCONCLUSIVE", "SFT, but is not shown to rank better or worse than continued SFT. So"),
+        ("SUPPORTED", "PARTIAL: small gain", "DPO ranks better than SFT, and ranks a little better than continued SFT."),
+    ],
+)
+def test_what_both_verdicts_say(first, second, says):
+    about = {"arms": {arm: {"pairs_seen": 4.0} for arm in ("sft", "sft_more", "dpo")}, "control": "sft_more"}
+    assert says in conclusion(about | {"scope": "method", "verdict": first, "control_verdict": second})
+
+
+def test_a_difference_shows_on_which_side_of_0_and_of_a_point_its_bounds_lie():
+    bounds = {(0.46, 0.031, 0.888): "+0.46 [+0.03, +0.89]", (0.5, -0.05, 1.04): "+0.50 [-0.05, +1.04]"}
+    bounds |= {(0.75, -0.13, 1.63): "+0.8 [-0.1, +1.6]", (0, 0, 0): "0.0 [0.0, 0.0]", (0, -1e-9, 0): "0.0 [0.0, 0.0]"}
+    for values, text in bounds.items():
+        assert interval_text(dict(zip(("value", "low", "high"), values, strict=True))) == text
+
+
+@pytest.mark.parametrize(
     ("shares", "wanted", "says"),
     [
-        ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT and better than continued SFT."),
-        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "more training gains as much or more."),
-        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "more training gains as much or more."),
-        ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "not rank better than SFT or better than continued SFT."),
+        ({"dpo": 0.8, "sft_more": 0.7}, "SUPPORTED", "DPO ranks better than SFT and continued SFT."),
+        ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "So more training may explain its lead."),
+        ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "So more training may explain its lead."),
+        ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks worse than SFT and continued SFT."),
         ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs. No control was trained"),
         ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "The control, longer SFT (sft_x), reached"),
         ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "The control, continued SFT, reached"),

@@ -67,6 +67,9 @@ OF_DPO = {  # name: flags of a DPO that starts from the SFT of the main study, a
 }
 
 
+FULL = "the float32 weights that these are a bfloat16 copy of,"
+
+
 @dataclass(frozen=True)
 class Job:
     """A command, the jobs that come before it, and the studies whose rows it gives: none where it trains."""
@@ -361,7 +364,8 @@ def publish_adapters(work: Path, results: Path) -> None:
         if folder.is_dir():
             target = results / "adapters" / stage
             for name in ("adapter_config.json", "run.json", "README.md"):
-                write_text(target / name, (folder / name).read_text(encoding="utf-8"))
+                text = (folder / name).read_text(encoding="utf-8")
+                write_text(target / name, text.replace("belong to the weights with", f"belong to {FULL} with"))
             weights = load_file(folder / "adapter_model.safetensors")
             halved = {name: tensor.bfloat16() for name, tensor in weights.items()}
             save_file(halved, target / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -257,11 +257,15 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     "also": ("More measures", "4 bits. `docs/metrics.md` defines each."),
     "calibration": ("Calibration", "Of the decision, and of DPO's own probability σ(β(m − m_ref))."),
     "displacement": ("Displacement", "Change of log p against the reference. Both falling is the known failure of DPO."),
-    "read_in_16": ("Trained in 4 bits, read in 16", "`@16bit` is the same adapter on 16-bit weights."),
-    "transfer": ("Transfer", "The adapters of the main study on all users of MovieLens-100K: three runs of each arm."),
-    "ablations": ("Ablations", "Each changes one thing. Intervals are over users and, from three runs, over runs."),
+    "read_in_16": ("Trained in 4 bits, read in 16", "`@16bit` is the same adapter on 16-bit weights; the last three runs of the main study."),
+    "transfer": ("Transfer", "Adapters of the main study on users of MovieLens-100K: its last three runs."),
+    "ablations": (
+        "Ablations",
+        "Each changes one setting; alpha follows the rank, and negatives are of MovieLens-100K. Nothing is tuned again. "
+        "Unchanged rows are of the same seeds. Intervals are over users and, from three runs, over runs.",
+    ),
     "search": ("Search", "Trials on training users held back. The control is chosen among trials as long as DPO's."),
-    "answers": ("Generated answers", "100 users, five answers each at temperature 0.7."),
+    "answers": ("Generated answers", "The first run: 100 users, five answers each at temperature 0.7."),
     "cost": ("Cost", "Jobs that share a GPU count each for itself."),
 }
 
