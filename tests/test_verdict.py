@@ -102,7 +102,7 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
         ("INCONCLUSIVE", "INCONCLUSIVE", "DPO is not shown to rank better or worse than SFT or continued SFT."),
         ("INCONCLUSIVE", "PARTIAL: comparable", "better or worse than SFT, and ranks within a point of continued SFT."),
         ("PARTIAL: small gain", "INCONCLUSIVE", "SFT, but is not shown to rank better or worse than continued SFT. So"),
-        ("SUPPORTED", "PARTIAL: small gain", "DPO ranks better than SFT, and ranks a little better than continued SFT."),
+        ("SUPPORTED", "PARTIAL: small gain", "ranks better than SFT, and ranks a little better than continued SFT."),
     ],
 )
 def test_what_both_verdicts_say(first, second, says):
