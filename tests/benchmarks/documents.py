@@ -47,7 +47,7 @@ def answer() -> str:
     more = change[f"dpo - {control}"]
     depends = "depends" if more["low"] > 0 or more["high"] < 0 else "is not shown to depend"
     behind = [metrics["comparisons"][f"{arm} - learned"]["high"] < 0 for arm in ("dpo", control)]
-    counts = ", and a logistic regression on counts beats them" if all(behind) else ""
+    counts = ", and a logistic regression on counts beats them all" if all(behind) else ""
     lines = (
         f"**DPO {SAYS[metrics['verdict']]} the SFT** that it starts from: {led} points.",
         f"**DPO {SAYS[metrics['control_verdict']]} more SFT**, continued for as many steps: {led_more} points.",
