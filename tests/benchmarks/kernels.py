@@ -36,8 +36,11 @@ def compiled(model: str, card: str, pairs: str) -> list[dict]:
 def train_a_step(model: str, capability: tuple[int, int], pairs: str) -> None:
     import torch
     import triton
+    from torch._dynamo.device_interface import CudaInterface
 
     triton.runtime.driver.active.get_current_target()  # what runs here is compiled for this card all the same
+    here = CudaInterface.get_compute_capability()
+    CudaInterface.get_compute_capability = staticmethod(lambda device=None: here)
     torch.cuda.get_device_capability = lambda device=None: capability
     import config
 
