@@ -170,7 +170,7 @@ class TrainingSettings(Settings):
     cuda_graphs: bool | None = _setting(None, "launch a pass as one CUDA graph; default: where known to be exact")
     # watching
     eval_steps: int = _setting(100, "steps between looks at the validation pairs")
-    save_steps: int = _setting(100, "steps between checkpoints")
+    save_steps: int = _setting(200, "steps between checkpoints")
     logging_steps: int = _setting(5, "steps between log lines")
     report_to: str = _setting("none", "wandb, tensorboard, mlflow ... as transformers knows them")
 

@@ -625,25 +625,25 @@ class Graphs:
     that the others find room in its memory: each backward pass ends before another forward pass.
     """
 
-    def __init__(self, states: Callable[[Any, dict[str, Any]], Any], lengths: Sequence[int], backward: bool = True):
-        self.states, self.backward = states, backward
-        self.lengths = sorted(lengths, reverse=True)
+    def __init__(self, states: Callable[[Any, dict[str, Any]], Any], lengths: Sequence[int]):
+        self.states, self.lengths = states, sorted(lengths, reverse=True)
         self.captured: dict[int, Callable[..., Any]] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.weights, self.kept = list[Any](), list[Any]()
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled() != self.backward:
-            return self.states(model, batch)
         if not self.captured:
-            self.capture(model, batch)
-        if (length := batch["tree_tokens"].shape[1]) not in self.captured:  # a row in a million is longer
+            with torch.enable_grad():
+                self.capture(model, batch)
+        length = batch["tree_tokens"].shape[1]
+        if length not in self.captured or (self.dropout and not model.training):  # a row in a million is longer
             return self.states(model, batch)
-        return self.captured[length](batch, *(OwnGradients.apply(*self.weights) if self.weights else ()))
+        return self.captured[length](batch, *OwnGradients.apply(*self.weights))
 
     def capture(self, model: Any, batch: dict[str, Any]) -> None:
         """Record the passes; they take the weights, too: their gradients are what comes back."""
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad and self.backward]
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
         rows = {
             length: {name: pad(values, (0, length - values.shape[-1])).clone() for name, values in batch.items()}
             for length in self.lengths
@@ -652,8 +652,7 @@ class Graphs:
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
             for row in rows.values():  # compiles all, in memory that is free again before the first graph takes its own
                 hidden = self.states(model, row)
-                if self.weights:
-                    torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
+                torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
             del hidden
             for length, row in rows.items():
                 self.captured[length] = torch.cuda.make_graphed_callables(
@@ -719,12 +718,11 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
     """Give the trainer's rows the reference's log-probabilities, computed once and kept in a file of the outputs.
 
     The file belongs to one reference and has an entry per row: other epochs, beta and seeds find theirs there.
-    UserError if it is of another policy than the one that training starts from.
+    UserError if it is of another policy than the one that training starts from. CUDA graphs compute it, too: they read
+    the policy's weights, which are the reference's until the first step.
     """
     path = config.reference_file(settings, start)
     known = read_json(path)
-    if graphs := graphs_of(trainer):
-        trainer.hidden_states = Graphs(graphs.states, graphs.lengths, backward=False)
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)
         if dataset is None:
@@ -737,7 +735,6 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
         for column, response in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
             dataset = dataset.add_column(column, [known[key][response] for key in keys])
         setattr(trainer, name, dataset)
-    trainer.hidden_states = graphs or trainer.hidden_states
     inputs = first_inputs(trainer, 4)
     remembered = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     found = torch.stack([response.sum() for response in log_probs_of(trainer, inputs)])

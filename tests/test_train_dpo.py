@@ -828,19 +828,20 @@ def graphs(monkeypatch) -> list[dict]:
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_replayed_passes_train_what_single_kernels_train(training_flags, tmp_path, monkeypatch, graphs, stage):
-    """Several micro-batches a step, whose gradients are summed up, and lengths that come back."""
+    """Several micro-batches a step, whose gradients are summed up, lengths that come back, and looks in between."""
     losses = []
     for replays in (False, True):
         monkeypatch.setattr(config, "fitting_batch_size", lambda *given, replays=replays: (1, False, replays))
         flags = [*training_flags, "--outputs", str(tmp_path / str(replays)), "--init", "base", "--stage", stage]
         flags += ["--learning_rate", "0.01", "--effective_batch", "4", "--max_steps", "6", "--logging_steps", "1"]
         train_dpo.main(flags)
-        losses.append(losses_of(flags, stage))
-    assert losses[0] == losses[1] and losses[0][0] != losses[0][-1]
+        history = run_of(flags, stage)["log_history"]
+        losses.append([[entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss")])
+    assert losses[0] == losses[1] and all(len(set(found)) > 1 for found in losses[0])
     lengths = [given["tree_tokens"].shape[1] for given in graphs]
     count = run_of(flags, stage)["cuda_graphs"]
-    assert 0 < count <= 4 and lengths == sorted(lengths[:count], reverse=True) * (2 if stage == "dpo" else 1), (
-        "one a length, the longest first, and before them those of the reference"
+    assert 0 < count <= 4 and lengths == sorted(lengths[:count], reverse=True), (
+        "one a length, the longest first, for the reference, training and looks at held-out pairs"
     )
 
 
@@ -857,6 +858,16 @@ def test_what_graphs_read_outlives_its_place_in_the_model(graphs):
     gone = [weakref.ref(model.scale), weakref.ref(model.tables[1])]
     model.scale, model.tables = torch.ones(9), []
     assert all(reference() is not None for reference in gone)
+
+
+def test_a_look_without_dropout_replays_no_pass_that_had_it(graphs):
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5))
+    batch = {"tree_tokens": torch.ones(1, 128)}
+    made = train_dpo.Graphs(lambda model, batch: model(batch["tree_tokens"][..., None]), [128])
+    made(model, batch)
+    made.captured[128] = lambda *given: pytest.fail("a recorded pass drops what training dropped")
+    seen = made(model.eval(), batch)
+    assert len(seen.unique()) == 1
 
 
 def test_where_cuda_graphs_do_not_fit_the_stage_starts_again_without(training_flags, monkeypatch, graphs, capsys):
