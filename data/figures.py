@@ -216,10 +216,10 @@ def draw_seeds(metrics: dict[str, Any]) -> Figure:
 
 @rc_context(STYLE)
 def draw_ablation(
-    points: dict[str, dict[str, dict[str, float]]], default: str, setting: str,
+    points: dict[str, dict[str, dict[str, float]]], default: str | None, setting: str,
     axis_label: str = "ranking accuracy, %", caption: str = "",
 ) -> Figure:
-    """Arms over the values of one setting, with their 95% intervals; the default is shaded and named.
+    """Arms over the values of one setting, with their 95% intervals; a default is shaded and named.
 
     Args:
         points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
@@ -236,8 +236,10 @@ def draw_ablation(
             error = np.hstack([spread(found) for _, found in shown])
             marker = {"fmt": "so^Dv"[number % 5], "markersize": 4, "label": arm_name(arm)}
             axis.errorbar(at, [found["value"] for _, found in shown], yerr=error, **marker, **LINES, **style)
-    place, labels = [*points].index(default), [f"{label}\n(default)" if label == default else label for label in points]
-    axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
+    labels = [f"{label}\n(default)" if label == default else label for label in points]
+    if default:
+        place = [*points].index(default)
+        axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
     axis.set(xticks=range(len(points)), xlim=(-0.5, len(points) - 0.5), xlabel=setting, ylabel=axis_label)
     axis.set_xticklabels(labels, **({"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}))
     figure.legend(loc="outside upper center", ncols=3)

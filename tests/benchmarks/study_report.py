@@ -19,13 +19,12 @@ MAIN = {"4bit": "predictions.csv.gz", "16bit": "predictions_16bit.csv.gz"}
 ABLATIONS = "ablations.csv.gz"
 SHOWN = ("accuracy", "margins", "seeds", "popularity", "reliability")  # of evaluate_dpo.py's figures
 MAIN_STUDY = "unchanged"
+READ = "read in"
 PANELS = {  # figure and rows of the table: [(value, study)]
     "beta": [("0.05", "beta_0.05"), ("0.1", MAIN_STUDY), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
     "LoRA rank": [("8", "rank_8"), ("16", MAIN_STUDY), ("64", "rank_64")],
-    "loss": [
-        *(("sigmoid", MAIN_STUDY), ("sigmoid + SFT", "dpo_with_sft_loss")),
-        *(("IPO", "loss_ipo"), ("APO-zero", "loss_apo_zero")),
-    ],
+    "loss": [("sigmoid", MAIN_STUDY), ("IPO", "loss_ipo"), ("APO-zero", "loss_apo_zero")],
+    "loss of SFT added": [("no", MAIN_STUDY), ("yes", "dpo_with_sft_loss")],
     "learning rate of DPO": [("× 1", MAIN_STUDY), ("× 3.2", "dpo_rate_3.2")],
     "start of DPO": [("SFT", MAIN_STUDY), ("base", "dpo_from_base")],
     "epochs of SFT": [("× 1", MAIN_STUDY), ("× 2", "sft_x2")],
@@ -68,9 +67,7 @@ def ablations(results: Path, main: pd.DataFrame) -> dict[str, Any]:
 
     Of the main study those runs are taken that have the seeds of the ablation, and the same users.
     """
-    numbers = {name: [""] for name in NUMBERS}
-    seeds = sorted(seed for seed in main["seed"].unique() if seed)[-3:]  # those that ablations have
-    found = {MAIN_STUDY: measured(unchanged(main, seeds))}
+    numbers, found = {name: [""] for name in NUMBERS}, dict[str, Any]()
     if not (results / ABLATIONS).exists():
         return found
     rows = pd.read_csv(results / ABLATIONS, dtype={"seed": str}, keep_default_na=False, na_values=numbers)
@@ -83,6 +80,7 @@ def ablations(results: Path, main: pd.DataFrame) -> dict[str, Any]:
         if set(here["pair_id"]) == set(part["pair_id"]) and study != "read_in_16":
             beside = here[(here["arm"] == "dpo") | ((here["arm"] == "sft") & ~(part["arm"] == "sft").any())]
             part = pd.concat([part, beside.replace({"arm": {"dpo": MAIN_STUDY}})])
+            found.setdefault(f"{MAIN_STUDY}, {len(seeds)} runs", measured(here))
         found[study] = measured(part)
     return found
 
@@ -98,26 +96,36 @@ def measured(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def draw_ablations(found: dict[str, Any], results: Path) -> None:
-    """One figure for each of `drawn_panels`."""
-    for title, (default, there) in drawn_panels(found).items():
-        arms = {
-            value: {arm: one["arms"][arm]["ranking_accuracy"] for arm in ("sft", "dpo") if arm in one["arms"]}
-            for value, one in there.items()
-        }
+    """One figure for each of `panels`, and one for the precision that adapters are read in."""
+    drawn = {}
+    for title, (default, there) in panels(found).items():
+        arms = {value: accuracies(one) for value, one in there.items()}
         changed = next(one for value, one in there.items() if value != default)
-        figure = draw_ablation(arms, default, title, caption=sample_text(changed))
+        drawn[title] = draw_ablation(arms, default, title, caption=sample_text(changed))
+    if read := found.get("read_in_16"):
+        arms = {"4 bits": accuracies(read), "16 bits": accuracies(read, "@16bit")}
+        drawn[READ] = draw_ablation(arms, "4 bits", f"trained in 4 bits, {READ}", caption=sample_text(read))
+    for title, figure in drawn.items():
         figure.savefig(results / f"{figure_name(title)}.png", dpi=200)
 
 
-def drawn_panels(found: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """(default, {value: what was measured}) of each panel that has the unchanged study and another one."""
-    panels = {}
+def accuracies(metrics: dict[str, Any], kind: str = "") -> dict[str, dict[str, float]]:
+    """Ranking accuracy of SFT and DPO, of the arms of one kind."""
+    arms = metrics["arms"]
+    return {arm: arms[arm + kind]["ranking_accuracy"] for arm in ("sft", "dpo") if arm + kind in arms}
+
+
+def panels(found: dict[str, Any]) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """(default, {value: what was measured}) of each panel; the unchanged study has the seeds of what was changed."""
+    made = {}
     for title, points in PANELS.items():
-        there = {value: found[study] for value, study in points if study in found}
-        default = next((value for value, study in points if study == MAIN_STUDY), None)
-        if default and len(there) > 1:
-            panels[title] = default, there
-    return panels
+        changed = [found[study] for _, study in points if study in found]
+        if changed:
+            beside = found.get(f"{MAIN_STUDY}, {changed[0]['arms']['dpo']['seeds']} runs")
+            there = {value: found.get(study) or (beside if study == MAIN_STUDY else None) for value, study in points}
+            default = next((value for value, study in points if study == MAIN_STUDY), None)
+            made[title] = default, {value: one for value, one in there.items() if one}
+    return made
 
 
 def figure_name(title: str) -> str:
@@ -144,8 +152,8 @@ def tables(results: Path) -> dict[str, str]:
         "answers": answers_table(read_json(results / "generation.json")),
         "cost": cost_table(read_json(results / "runs.json")),
     }
-    drawn = [f"![{title}: ranking accuracy of SFT and DPO]({figure_name(title)}.png)" for title in drawn_panels(found)]
-    made["ablations"] += "\n\n" + "\n".join(drawn) if drawn else ""
+    drawn = [f"![{title}: ranking accuracy of SFT and DPO]({figure_name(title)}.png)" for title in (*panels(found), READ)]
+    made["ablations"] += "\n\n" + "\n".join(drawn) if found else ""
     if read["interaction"]:
         made["bits"] = bits_table(metrics, read["metrics_16bit"], read["interaction"])
     for name in ("read_in_16", "transfer"):
@@ -212,10 +220,9 @@ def shortcut_table(results: Path) -> str:
 
 def ablations_table(found: dict[str, Any]) -> str:
     rows = []
-    for title, points in PANELS.items():
-        there = [(value, study) for value, study in points if study in found]
-        for value, study in there if any(study != MAIN_STUDY for _, study in there) else ():
-            arms, comparisons = found[study]["arms"], found[study]["comparisons"]
+    for title, (_, there) in panels(found).items():
+        for value, one in there.items():
+            arms, comparisons = one["arms"], one["comparisons"]
             wanted = ((arm, name) for name in ("ranking_accuracy", "response_accuracy") for arm in ("sft", "dpo"))
             cells = [cell(arms[arm][name], "%") if arm in arms else "" for arm, name in wanted]
             differences = (comparisons.get(key) for key in ("dpo - sft", f"dpo - {MAIN_STUDY}"))
