@@ -78,8 +78,8 @@ def speed() -> str:
     for label, stage in (("DPO", "dpo"), ("SFT", "sft")):
         both = [preset_speed(stage, trainer)["pairs_per_second"] for trainer in ("shared", "stock")]
         rows.append([f"{label}, Llama 3 8B's shape, H100 held to 24 GB", *(f"{value:.1f}" for value in both)])
-    small = preset_speed("dpo", shape="SmolLM2", batch=64)["pairs_per_second"]
-    rows.append(["DPO, SmolLM2-135M, H100, batches of 64", f"{small:.1f}", "-"])
+    small = [preset_speed("dpo", kind, "SmolLM2", 64)["pairs_per_second"] for kind in ("shared", "stock")]
+    rows.append(["DPO, SmolLM2-135M, H100, batches of 64", *(f"{value:.1f}" for value in small)])
     on_cpu: dict[str, float] = {}
     for row in read("speed.json"):
         on_cpu[row["trainer"]] = max(on_cpu.get(row["trainer"], 0.0), row["pairs_per_second"])
@@ -97,7 +97,7 @@ H100 = 66.9  # its TFLOP/s of float32; those of bfloat16 were measured
 
 
 def cost() -> str:
-    """Minutes of a whole default run by card: computed from speeds measured on an H100, else scaled by rates."""
+    """Minutes of a whole default run by card: measured, computed from an H100's speeds, else scaled by rates."""
     sft, dpo = preset_speed("sft"), preset_speed("dpo")
     scored = next(row for row in read("evaluation_speed.json") if row["compute"] == "float32")
     one_pass = PAIRS / sft["pairs_per_second"]
@@ -108,6 +108,10 @@ def cost() -> str:
         times = [*(part * dpo["matrix_tflops"] / rate for part in parts), scoring * H100 / float32]
         minutes = [f"{time / 60:.0f}" for time in (*times, sum(times))]
         rows.append([f"{card}, {memory_gb} GB", *minutes, "computed from its speed" if card == "H100" else "**estimated**"])
+    whole = read("whole_run.json")
+    times = [whole[stage]["wall_seconds"] / 60 for stage in ("sft", "sft_more", "dpo")]
+    card = whole["dpo"]["device"].removeprefix("NVIDIA ")
+    rows.insert(0, [f"{card}, held to 24 GB", *(f"{time:.0f}" for time in times), "-", f"{sum(times):.0f}", "measured, without evaluation"])
     return table_of(["card", "SFT", "control", "DPO", "evaluation", "all", "minutes are"], rows)
 
 

@@ -3,6 +3,7 @@
     python tests/benchmarks/gpu.py --pairs data/contrastive_rec_train.jsonl --memory_gb 24
     python tests/benchmarks/gpu.py --shape Llama-3.2-1B --stage sft --pairs ...
     python tests/benchmarks/gpu.py --model FOLDER --pairs ...        # any model folder instead
+    python tests/benchmarks/gpu.py --whole outputs                   # after a default run: what it took
 
 Builds a model with random weights in NF4 (for speed and memory, random weights are as good as any) and Llama 3's own
 tokenizer, trains each case in a process of its own, one after the other, and writes docs/results/gpu.json and gpu.md.
@@ -28,6 +29,10 @@ WARM_UP, TIMED, PROFILED = 3, 8, 2  # steps
 CASE = (  # what a record is of
     *("device", "shape", "stage", "backend", "trainer", "micro_batch", "effective_batch", "checkpointing"),
     *("kernels", "optim", "cuda_graphs", "memory_cap_gb"),
+)
+WHOLE = (
+    *("device", "git_commit", "rows", "steps", "batch_size", "gradient_checkpointing", "cuda_graphs"),
+    *("first_loss", "last_loss", "rows_per_second", "train_seconds", "wall_seconds", "peak_memory_gb"),
 )
 CASES = [  # backend, trainer, micro-batch, checkpointing ("offloaded": kept in the computer's memory, by Unsloth)
     ("unsloth", "shared", 8, False),
@@ -259,8 +264,6 @@ def run_case(case: dict) -> dict:
     for row in trainer.train_dataset if stage == "dpo" else ():
         both = len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
         tokens, computed = tokens + both + len(row["prompt_ids"]), computed + both + (0 if shared else len(row["prompt_ids"]))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     trainer.train()
     seconds = clock[warm_up + timed] - clock[warm_up]
     pairs_per_second = timed * case["effective_batch"] / seconds
@@ -306,7 +309,7 @@ def run_case(case: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--pairs", help="file of pairs")
     parser.add_argument("--model", help="a model folder; default: one of the shape, with random weights")
     parser.add_argument("--shape", default="Llama-3-8B", help=f"one of {', '.join(SHAPES)}; or a name for --model")
     parser.add_argument("--stage", choices=["sft", "dpo"], default="dpo")
@@ -321,8 +324,14 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
     parser.add_argument("--timed", type=int, default=TIMED, help="steps after those")
     parser.add_argument("--profile", help="also write, here, how a step of the first case spends its time")
+    parser.add_argument("--whole", type=Path, help="only keep what a default run took: the folder of its outputs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.whole:
+        runs = [json.loads(path.read_text()) for path in sorted(options.whole.glob("*_final/run.json"))]
+        kept = {run["stage"]: {name: run[name] for name in WHOLE} for run in runs}
+        (options.results / "whole_run.json").write_text(json.dumps(kept, indent=1) + "\n")
+        return
     if options.one:
         case = json.loads(options.one)
         Path(case["out"]).write_text(json.dumps(run_case(case)))
