@@ -196,7 +196,8 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
         read_in = f"is read here on weights in {bits}"
         notes += [f"{arm} was trained on weights in {other} bits and {read_in}" for other in sorted(trained)]
         starts = {run.get("initial_adapter_sha256") for run in runs} - {None}
-        beside = {file_sha256(sft / WEIGHTS) for sft in adapters.get("sft", {}).values()} if starts else set()
+        sfts = adapters.get("sft", {}).values() if starts else ()
+        beside = {read_run(sft).get("copy_of_sha256") or file_sha256(sft / WEIGHTS) for sft in sfts}
         if arm == "dpo" and beside and not starts <= beside:
             notes.append("dpo began with another SFT adapter than the arm sft")
     return notes

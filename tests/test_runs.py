@@ -159,3 +159,7 @@ def test_what_dpo_began_with_is_noted(mine):
     train_dpo.main([*training, "--stage", "sft", "--seed", "8", "--restart", "true"])
     assert notes_on(adapters, 4) == ["dpo began with another SFT adapter than the arm sft"]
     assert notes_on({"dpo": {"1": dpo}}, 4) == []
+    started = json.loads((dpo / "run.json").read_text())["initial_adapter_sha256"]
+    run = json.loads((sft / "run.json").read_text())
+    (sft / "run.json").write_text(json.dumps(run | {"copy_of_sha256": started}))  # as of the published adapters
+    assert notes_on(adapters, 4) == []

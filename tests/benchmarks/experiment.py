@@ -32,7 +32,7 @@ import pandas as pd
 from benchmarks import study_report
 from benchmarks.study_report import ABLATIONS, MAIN
 
-from data.files import read_json, write_json, write_text
+from data.files import file_sha256, read_json, write_json, write_text
 from data.pairs import load_pairs, split_pairs, write_pairs
 from data.predictions import COLUMNS, KEY, LOG_PROBS, WHOLE
 
@@ -363,9 +363,11 @@ def publish_adapters(work: Path, results: Path) -> None:
         folder = work / f"4bit/{SEEDS[0]}" / f"smollm2_{stage}_4bit_final"
         if folder.is_dir():
             target = results / "adapters" / stage
-            for name in ("adapter_config.json", "run.json", "README.md"):
+            for name in ("adapter_config.json", "README.md"):
                 text = (folder / name).read_text(encoding="utf-8")
                 write_text(target / name, text.replace("belong to the weights with", f"belong to {FULL} with"))
+            copied = {"copy_of_sha256": file_sha256(folder / "adapter_model.safetensors")}
+            write_json(target / "run.json", read_json(folder / "run.json") | copied)
             weights = load_file(folder / "adapter_model.safetensors")
             halved = {name: tensor.bfloat16() for name, tensor in weights.items()}
             save_file(halved, target / "adapter_model.safetensors", metadata={"format": "pt"})
