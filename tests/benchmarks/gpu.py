@@ -390,7 +390,8 @@ def in_own_process(case: dict) -> dict:
 
 def as_table(records: list[dict]) -> str:
     columns = ["device", "shape", "stage", "backend", "trainer", "micro_batch", "checkpointing", "memory_cap_gb", "pairs_per_second", "tokens_per_second", "share_of_matrix_rate", "idle", "peak_memory_gb", "first_loss"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = ["Memory is in GB; `idle` is the share of a step in which no kernel runs; the matrix rate is the card's, measured.\n"]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         cells = [str(record.get(name, record.get("failed", "-") if name == "pairs_per_second" else "-")) for name in columns]
         cells[columns.index("backend")] += "".join(f", {record[name]}" for name in ("kernels", "optim") if name in record)

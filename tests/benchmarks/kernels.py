@@ -97,7 +97,8 @@ def main() -> None:
                 records += json.loads(Path(f"{work}/found.json").read_text())
     (options.results / "kernels.json").write_text(json.dumps(records, indent=1) + "\n")
     columns = ["kernel", "head_dimension", "card", "shared_memory", "fits"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = [f"Bytes of shared memory that a block of each kernel takes; an RTX 3090 (sm_86) and a 4090 (sm_89) have {SHARED_MEMORY:,}.\n"]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
         fits = record["shared_memory"] is not None and record["shared_memory"] <= SHARED_MEMORY
         cells = [*(str(record[name]) for name in columns[:-1]), "yes" if fits else record.get("failed", "no")]
