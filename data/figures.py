@@ -215,39 +215,6 @@ def draw_seeds(metrics: dict[str, Any]) -> Figure:
 
 
 @rc_context(STYLE)
-def draw_ablation(
-    points: dict[str, dict[str, dict[str, float]]], default: str | None, setting: str,
-    axis_label: str = "ranking accuracy, %", caption: str = "",
-) -> Figure:
-    """Arms over the values of one setting, with their 95% intervals; a default is shaded and named.
-
-    Args:
-        points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
-        caption: how many users and runs they are from, as `sample_text` says it.
-    """
-    arms = list(dict.fromkeys(arm for found in points.values() for arm in found))
-    long = sum(map(len, points)) + 2 * len(points) > 44  # characters that fit beside each other
-    figure, [[axis]] = new_figure(3 if long else 2.4)
-    for number, (arm, style) in enumerate(arm_styles(arms).items()):
-        shown = [(place, found[arm]) for place, found in enumerate(points.values()) if arm in found]
-        shown = [(place, found) for place, found in shown if found["value"] is not None]
-        if shown:
-            at = [place + 0.14 * (number - (len(arms) - 1) / 2) for place, _ in shown]
-            error = np.hstack([spread(found) for _, found in shown])
-            marker = {"fmt": "so^Dv"[number % 5], "markersize": 4, "label": arm_name(arm)}
-            axis.errorbar(at, [found["value"] for _, found in shown], yerr=error, **marker, **LINES, **style)
-    labels = [f"{label}\n(default)" if label == default else label for label in points]
-    if default:
-        place = [*points].index(default)
-        axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
-    axis.set(xticks=range(len(points)), xlim=(-0.5, len(points) - 0.5), xlabel=setting, ylabel=axis_label)
-    axis.set_xticklabels(labels, **({"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}))
-    figure.legend(loc="outside upper center", ncols=3)
-    figure.supxlabel(caption, fontsize=7, color=GREY)
-    return figure
-
-
-@rc_context(STYLE)
 def draw_losses(history: Sequence[dict[str, float]], stage: str) -> Figure:
     """A training log: loss on training and held-out pairs and, for DPO, log p of the responses, reward margin and
     reward accuracy. A line at ln 2 is the loss of a policy that is its reference."""

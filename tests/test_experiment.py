@@ -108,6 +108,22 @@ def test_the_search_goes_a_step_beyond_a_grid_or_between_two_rates(best, rate):
     assert experiment.further(chosen | {"trials": trials}) == rate
 
 
+def test_an_ablation_shows_every_value_with_its_interval_and_marks_the_study_s_own():
+    accuracy = {"value": 60.0, "low": 55.0, "high": 66.0}
+    points = {"8": {"sft": accuracy}, "16": {"sft": accuracy | {"value": 62.0}, "dpo": accuracy}, "64": {}}
+    figure = study_report.draw_ablation(points, "16", "LoRA rank", caption="60 users")
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["8", "16\n(study)", "64"]
+    [shaded] = axis.patches
+    assert shaded.get_x() < 1 < shaded.get_x() + shaded.get_width() and figure.get_supxlabel() == "60 users; 95% intervals"
+    sft, dpo = axis.containers
+    assert (sft.get_label(), dpo.get_label()) == ("SFT", "DPO")
+    places, values = sft.lines[0].get_data()
+    assert [round(place) for place in places] == [0, 1] and list(values) == [60, 62]
+    assert [list(bar[:, 1]) for bar in sft.lines[2][0].get_segments()] == [[55, 66]] * 2
+    assert [round(place) for place in dpo.lines[0].get_xdata()] == [1]
+
+
 def test_what_the_report_says_of_bits_is_4_minus_16(tmp_path, monkeypatch):
     for name in ("draw_ablations", "plot_all"):
         monkeypatch.setattr(study_report, name, lambda *_: None)

@@ -171,22 +171,6 @@ def test_reliability_is_of_option_a_wherever_the_preferred_film_stands():
     assert p_a == pytest.approx(1 / (1 + np.exp(-2))) and share == 0.5
 
 
-def test_an_ablation_shows_every_value_with_its_interval_and_marks_the_default():
-    accuracy = {"value": 60.0, "low": 55.0, "high": 66.0}
-    points = {"8": {"sft": accuracy}, "16": {"sft": accuracy | {"value": 62.0}, "dpo": accuracy}, "64": {}}
-    figure = drawing.draw_ablation(points, "16", "LoRA rank", caption="60 users")
-    [axis] = figure.axes
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["8", "16\n(default)", "64"]
-    [shaded] = axis.patches
-    assert shaded.get_x() < 1 < shaded.get_x() + shaded.get_width() and figure.get_supxlabel() == "60 users"
-    sft, dpo = axis.containers
-    assert (sft.get_label(), dpo.get_label()) == ("SFT", "DPO")
-    places, values = sft.lines[0].get_data()
-    assert [round(place) for place in places] == [0, 1] and list(values) == [60, 62]
-    assert [list(bar[:, 1]) for bar in sft.lines[2][0].get_segments()] == [[55, 66]] * 2
-    assert [round(place) for place in dpo.lines[0].get_xdata()] == [1]
-
-
 def test_the_films_of_the_pairs_are_drawn_as_they_are():
     rows = [("preferred film", ("War", "Drama"), 3), ("preferred film", ("War",), 1)]
     rows += [("other film", ("Drama",), 0), ("other film", ("Drama",), 2)]

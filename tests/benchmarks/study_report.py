@@ -6,9 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from data.figures import draw_ablation, plot_all, sample_text
+from data.figures import CAPTIONS, GREY, LINES, STYLE, arm_name, arm_styles, new_figure, plot_all, sample_text, spread
 from data.files import read_json, write_json, write_text
 from data.measures import MEASURES, compute_metrics, interaction, wins
 from data.predictions import COLUMNS, NUMBERS, completed, read_predictions
@@ -100,13 +103,46 @@ def draw_ablations(found: dict[str, Any], results: Path) -> None:
     drawn = {}
     for title, (default, there) in panels(found).items():
         arms = {value: accuracies(one) for value, one in there.items()}
-        changed = next(one for value, one in there.items() if value != default)
-        drawn[title] = draw_ablation(arms, default, title, caption=sample_text(changed))
+        users = " or ".join(dict.fromkeys(f"{one['users']:,}" for one in there.values()))
+        runs = sample_text(next(one for value, one in there.items() if value != default)).partition(" ")[2]
+        drawn[title] = draw_ablation(arms, default, title, caption=f"{users} {runs}")
     if read := found.get("read_in_16"):
         arms = {"4 bits": accuracies(read), "16 bits": accuracies(read, "@16bit")}
         drawn[READ] = draw_ablation(arms, "4 bits", f"trained in 4 bits, {READ}", caption=sample_text(read))
     for title, figure in drawn.items():
         figure.savefig(results / f"{figure_name(title)}.png", dpi=200)
+
+
+@rc_context(STYLE)
+def draw_ablation(
+    points: dict[str, dict[str, dict[str, float]]], default: str | None, setting: str, caption: str = ""
+) -> Figure:
+    """Arms over the values of one setting, with their 95% intervals; the study's own value is shaded and named.
+
+    Args:
+        points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
+        caption: how many users and runs they are from.
+    """
+    arms = list(dict.fromkeys(arm for found in points.values() for arm in found))
+    long = sum(map(len, points)) + 2 * len(points) > 44  # characters that fit beside each other
+    figure, [[axis]] = new_figure(3 if long else 2.4)
+    for number, (arm, style) in enumerate(arm_styles(arms).items()):
+        shown = [(place, found[arm]) for place, found in enumerate(points.values()) if arm in found]
+        shown = [(place, found) for place, found in shown if found["value"] is not None]
+        if shown:
+            at = [place + 0.14 * (number - (len(arms) - 1) / 2) for place, _ in shown]
+            error = np.hstack([spread(found) for _, found in shown])
+            marker = {"fmt": "so^Dv"[number % 5], "markersize": 4, "label": arm_name(arm)}
+            axis.errorbar(at, [found["value"] for _, found in shown], yerr=error, **marker, **LINES, **style)
+    labels = [f"{label}\n(study)" if label == default else label for label in points]
+    if default:
+        place = [*points].index(default)
+        axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
+    axis.set(xticks=range(len(points)), xlim=(-0.5, len(points) - 0.5), xlabel=setting, ylabel="ranking accuracy, %")
+    axis.set_xticklabels(labels, **({"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}))
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.supxlabel(f"{caption}; 95% intervals", fontsize=7, color=GREY)
+    return figure
 
 
 def accuracies(metrics: dict[str, Any], kind: str = "") -> dict[str, dict[str, float]]:
@@ -152,6 +188,8 @@ def tables(results: Path) -> dict[str, str]:
         "answers": answers_table(read_json(results / "generation.json")),
         "cost": cost_table(read_json(results / "runs.json")),
     }
+    for name, figure in {"runs": "seeds", "calibration": "reliability", "displacement": "margins"}.items():
+        made[name] += f"\n\n![{CAPTIONS[figure]}]({figure}.png)"
     drawn = [f"![{title}: ranking accuracy of SFT and DPO]({figure_name(title)}.png)" for title in (*panels(found), READ)]
     made["ablations"] += "\n\n" + "\n".join(drawn) if found else ""
     if read["interaction"]:
@@ -219,16 +257,16 @@ def shortcut_table(results: Path) -> str:
 
 
 def ablations_table(found: dict[str, Any]) -> str:
-    rows = []
+    rows, shown = [], ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
     for title, (_, there) in panels(found).items():
         for value, one in there.items():
             arms, comparisons = one["arms"], one["comparisons"]
-            wanted = ((arm, name) for name in ("ranking_accuracy", "response_accuracy") for arm in ("sft", "dpo"))
+            wanted = ((arm, name) for name in shown for arm in ("sft", "dpo"))
             cells = [cell(arms[arm][name], "%") if arm in arms else "" for arm, name in wanted]
             differences = (comparisons.get(key) for key in ("dpo - sft", f"dpo - {MAIN_STUDY}"))
             runs = arms["dpo"]["seeds"]
             rows.append([title, value, runs, *cells, *(interval_text(one) if one else "" for one in differences)])
-    arms = (f"{arm} {measure} %" for measure in ("ranking", "response") for arm in ("SFT", "DPO"))
+    arms = (f"{arm} {name.partition('_acc')[0].replace('_', '-')} %" for name in shown for arm in ("SFT", "DPO"))
     return markdown(["what", "value", "runs", *arms, "DPO - SFT", "DPO - unchanged DPO"], rows)
 
 
@@ -268,12 +306,13 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     "transfer": ("Transfer", "Adapters of the main study on users of MovieLens-100K: its last three runs."),
     "ablations": (
         "Ablations",
-        "Each changes one setting; alpha follows the rank, and negatives are of MovieLens-100K. Nothing is tuned again. "
-        "Unchanged rows are of the same seeds. Intervals are over users and, from three runs, over runs.",
+        "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K: 189 "
+        "test users with random ones, 173 with matched ones.\nUnchanged rows have the seeds of what is compared with them. "
+        "Intervals are over users and, from three runs, over runs.",
     ),
-    "search": ("Search", "Trials on training users held back. The control is chosen among trials as long as DPO's."),
+    "search": ("Search", "Trials of one run, on 966 training users held back. The control's best is among trials as long as DPO's."),
     "answers": ("Generated answers", "The first run: 100 users, five answers each at temperature 0.7."),
-    "cost": ("Cost", "Jobs that share a GPU count each for itself."),
+    "cost": ("Cost", "Minutes of all jobs, added up; several shared a GPU. `of_dpo` scores all variants of DPO."),
 }
 
 

@@ -30,6 +30,8 @@ import config  # noqa: E402
 CPU_CASES = [("stock", 1), ("stock", 2), ("stock", 8), ("shared", 2), ("shared", 4), ("shared", 8)]
 CUDA_CASES = [("stock", 8), ("unsloth", 8), ("shared", 8), ("shared", 16), ("shared", 32)]
 
+NAMES = {"stock": "TRL", "unsloth": "TRL by Unsloth", "shared": "this project"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,12 +115,10 @@ def draw_scaling(devices: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(len(devices), 3, figsize=(9, 2.6 * len(devices)), squeeze=False, layout="constrained")
     for row, (device, found) in zip(axes, devices.items(), strict=True):
         for axis, (name, (x, y, point)) in zip(row, panels.items(), strict=True):
-            axis.plot(*zip(*(point(record) for record in found[name] if "failed" not in record), strict=True), marker="o", color="black")
-            axis.set(xlabel=x, ylabel=y)
-            axis.margins(0.1)
-            axis.set_xlim(left=0)
-            axis.set_ylim(bottom=0)
-        row[1].set_title(device, fontsize=8)
+            across, up = zip(*(point(record) for record in found[name] if "failed" not in record), strict=True)
+            axis.plot(across, up, marker="o", color="black")
+            axis.set(xlabel=x, ylabel=y, xlim=(0, 1.1 * max(across)), ylim=(0, 1.1 * max(up)))
+        row[1].set_title(f"This project's trainer, DPO: {device}", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -153,7 +153,8 @@ def save(records: list[dict], results: Path) -> None:
     records = gpu.save(results / "speed.json", records, ("device", "shape"))
     columns = ["device", "shape", "trainer", "micro_batch", "pairs_per_second", "ratio_to_stock", "ratio_to_stock_with_reference_pass"]
     columns += ["peak_memory_gb", "share_of_floor"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = ["DPO; `stock` is TRL's trainer, `shared` this project's. Memory is in GB.\n"]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(record.get(name, "-")) for name in columns) + " |" for record in records]
     (results / "speed.md").write_text("\n".join(lines) + "\n")
     draw(records, results / "speed.png")
@@ -169,17 +170,18 @@ def draw(records: list[dict], path: Path) -> None:
     panels = list(dict.fromkeys((record["device"], record["shape"]) for record in records if "device" in record))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.8), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        for number, trainer in enumerate(("stock", "unsloth", "shared")):
+        for number, (trainer, label) in enumerate(NAMES.items()):
             points = sorted(
                 (record["micro_batch"], record["pairs_per_second"])
                 for record in records
                 if (record.get("device"), record.get("shape"), record["trainer"]) == (*panel, trainer)
             )
             if points:
-                style = {"marker": "os^"[number], "linestyle": ["-", "--", ":"][number], "color": f"C{number}", "label": trainer}
+                style = {"marker": "os^"[number], "linestyle": ["-", "--", ":"][number], "color": f"C{number}", "label": label}
                 axis.plot(*zip(*points, strict=True), **style)
         axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}\n{panel[0]}", xscale="log")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(0.1)
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(8)
