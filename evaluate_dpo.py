@@ -9,8 +9,6 @@ are computed from it. `metrics.json`, `report.md` and `figures/` follow. Margins
 film; the unit of every interval is the user.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

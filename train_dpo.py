@@ -10,8 +10,6 @@ rejected -> adapter folders with `run.json`, `loss.png` and a model card. What i
 trained again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -4,8 +4,6 @@ Plain means: low-rank updates of single linear layers. Whatever else an adapter 
 initialisations of the base) would change the base model for the arms that are scored after it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

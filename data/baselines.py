@@ -1,7 +1,5 @@
 """The arms that are no language model, fitted on the training part alone."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter, defaultdict

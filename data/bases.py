@@ -1,7 +1,5 @@
 """A base model, read without its weights: can it be trained and scored here, and is it the same as another one?"""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from pathlib import Path

@@ -10,8 +10,6 @@ by film id). The other film is one that the user never rated. Each pair is writt
 draws, half of them as Option A.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import sys

@@ -1,7 +1,5 @@
 """What the notebook shows: own or published results, one user under every arm, and pickers."""
 
-from __future__ import annotations
-
 import html
 import re
 import threading

@@ -1,7 +1,5 @@
 """Errors that a user can fix, which end a script with exit code 2, and the checks that find them early."""
 
-from __future__ import annotations
-
 import errno
 import re
 import sys

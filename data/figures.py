@@ -1,7 +1,5 @@
 """Every drawing, one function per figure: one column wide, readable in print, one name and colour for an arm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

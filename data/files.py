@@ -1,7 +1,5 @@
 """Files that are whole or absent, locks, hashes, and files from the package index."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a machine has: processes, versions, memory, and the commit of this code."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -5,8 +5,6 @@ users is the sum of the squared influences, whatever the measure: a mean, a rati
 Deville 1999, Survey Methodology 25). Several pairs of a user add up to one influence.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

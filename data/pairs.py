@@ -11,8 +11,6 @@ A line may also have a `user_id`: without one, the pairs that share a history ar
 reads as well as the chosen one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The rows of predictions.csv and generations.csv: make, read, check. docs/metrics.md describes their columns."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Metrics -> the table on the terminal, report.md, table.tex and an adapter's model card."""
 
-from __future__ import annotations
-
 import html
 import os
 import re

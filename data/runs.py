@@ -3,8 +3,6 @@
 A run.json may be somebody else's: what it does not say, or says in another form, is unknown.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Texts as a tokenizer cuts them: does it serve, and the tree that a pair makes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

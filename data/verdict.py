@@ -1,7 +1,5 @@
 """Comparisons -> verdicts, caveats and the sentence to quote, each by rule."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
