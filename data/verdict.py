@@ -268,7 +268,7 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
             found.append(f"{KINDS.get(arm, arm)}: it saw {seen} that DPO saw. {why}.")
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
-        if arm != metrics["control"] and SAYS[also["verdict"].partition(" (")[0]] != "yes" and difference["low"] > 0:
+        if arm != metrics["control"] and also["verdict"].partition(" (")[0] not in BETTER and difference["low"] > 0:
             found.append(f"DPO: it is not shown to rank better than {arm} either ({interval_text(also)} points).")
     few = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] < RUNS_FOR_METHOD]
     if few:

@@ -127,6 +127,7 @@ def test_a_difference_shows_on_which_side_of_0_and_of_a_point_its_bounds_lie():
         ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs. No control was trained"),
         ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "The control, longer SFT (sft_x), reached"),
         ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "The control, continued SFT, reached"),
+        ({"dpo": 0.8, "sft_long": 0.65, "sft_more": 0.7}, "SUPPORTED", "The control, continued SFT, reached"),
     ],
 )
 def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, says):
@@ -141,7 +142,8 @@ def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, s
     assert ("an SFT that saw a quarter of the pairs" in verdicts) == (len(shares) == 1)
     assert "these adapters" not in json.dumps(metrics) + shown
     if "sft_long" in shares and "sft_more" in shares:
-        assert any("DPO: it is not shown to rank better than sft_long" in caveat for caveat in metrics["caveats"])
+        told = any("DPO: it is not shown to rank better than sft_long" in caveat for caveat in metrics["caveats"])
+        assert told == (shares["sft_long"] > shares["dpo"])
 
 
 def test_fewer_than_100_users_give_no_sentence_to_quote():
