@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 from scipy.special import expit, ndtr, ndtri, stdtrit
+from statsmodels.stats import contingency_tables
+from statsmodels.stats.multitest import multipletests
 
 from data.baselines import BASELINES
 from data.errors import UserError
@@ -96,9 +99,10 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         p = mcnemar(*right) if single else None
         found = {"scope": scope, "p": p, "p_holm": None} | users_needed(ranking, count, scope)
         comparisons[f"{one} - {other}"] = ranking | differences | found
-    tested = [found for found in comparisons.values() if found["p"] is not None]
-    for found, p in zip(tested, holm([found["p"] for found in tested]), strict=True):
-        found["p_holm"] = p
+    if tested := [found for found in comparisons.values() if found["p"] is not None]:
+        corrected = multipletests([found["p"] for found in tested], method="holm")[1]
+        for found, p in zip(tested, corrected.tolist(), strict=True):
+            found["p_holm"] = p
     about = {"schema_version": SCHEMA_VERSION, "users": count, "pairs": len(pairs)}
     return about | {"arms": arms, "comparisons": comparisons}
 
@@ -289,8 +293,6 @@ def temperature(margin: np.ndarray) -> tuple[float, np.ndarray, float]:
 
     nan where no T from 0.01 to 100 is: where margins are right always, or no more often than wrong.
     """
-    from scipy.optimize import brentq
-
     def slopes(inverse: float) -> np.ndarray:
         return (margin * expit(-inverse * margin)).mean(axis=1)
 
@@ -387,18 +389,9 @@ def difference_interval(parts: Sequence[Measured], pairs: int) -> dict[str, Any]
 
 def mcnemar(right_one: np.ndarray, right_other: np.ndarray) -> float:
     """p of McNemar's exact test on two arms' right (1) or wrong (0) answers to the same users; ties are left out."""
-    from statsmodels.stats.contingency_tables import mcnemar as test
-
     only_one = np.sum((right_one == 1) & (right_other == 0))
     only_other = np.sum((right_one == 0) & (right_other == 1))
-    return float(test([[0, only_one], [only_other, 0]], exact=True).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979), in the order that they came in."""
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(p_values, method="holm")[1].tolist() if p_values else []
+    return float(contingency_tables.mcnemar([[0, only_one], [only_other, 0]], exact=True).pvalue)
 
 
 def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any]:

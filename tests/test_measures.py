@@ -23,7 +23,6 @@ from data.measures import (
     estimate,
     generation_measures,
     half_width,
-    holm,
     interaction,
     mcnemar,
     mean_of,
@@ -287,10 +286,11 @@ def test_mcnemar_and_the_detectable_difference():
     assert power == pytest.approx(0.8, abs=1e-6)
 
 
-def test_holm_is_the_step_down_correction():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+def test_p_values_are_corrected_by_the_step_down_of_holm():
+    rows = [run for arm, share in {"sft": 0.5, "dpo": 0.7, "other": 0.65}.items() for run in runs_of(share, arm=arm)]
+    found = sorted((found["p"], found["p_holm"]) for found in compute_metrics(pd.concat(rows))["comparisons"].values())
+    wanted = np.maximum.accumulate([min(1, (3 - place) * p) for place, (p, _) in enumerate(found)])
+    assert [p for _, p in found] == pytest.approx(wanted) and len({p for p, _ in found}) == 3
 
 
 # ------------------------------------------------------------------------------ does the lead depend on something
