@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 
 from data import errors
 from data.adapters import adapted_layers
-from data.bases import HUB_NAMES, Base, base_key, base_problem, resolved, training_problem
+from data.bases import HUB_NAMES, Base, base_key, check_base, check_trainable, resolved
 from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
@@ -590,11 +590,9 @@ def read_base(settings: Settings) -> Base:
     layers = {path: (layer.in_features, layer.out_features) for path, layer in linear.items()}
     shape, parameters = model_shape(settings.base_model), model.num_parameters()
     base = Base(settings.base_model, shape, layers, parameters, len(tokenizer))
-    problem, remedy = base_problem(base, settings.bits, settings.max_length)
-    if not problem and isinstance(settings, TrainingSettings):
-        problem, remedy = training_problem(base, LORA_TARGETS)
-    if problem:
-        raise UserError(problem, remedy)
+    check_base(base, settings.bits, settings.max_length)
+    if isinstance(settings, TrainingSettings):
+        check_trainable(base, LORA_TARGETS)
     return base
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from data.errors import printable
+from data.errors import UserError, printable
 from data.files import read_json
 
 SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier")
@@ -61,44 +61,43 @@ def stored_as(shape: Any) -> str:
     return next((kind for flag, kind in known.items() if quantised.get(flag)), "an unknown format")
 
 
-def base_problem(base: Base, bits: int, max_length: int) -> tuple[str, str]:
-    """(why a base model cannot be trained or scored in these bits, what to do); ("", "") if it can.
+def check_base(base: Base, bits: int, max_length: int) -> None:
+    """Raise UserError where a base model cannot be trained or scored in these bits.
 
     Scores are made of the output layer's own logits, and a row of up to `max_length` tokens attends to all before.
     """
     name, text = base.name, base.shape.get_text_config()
     if problem := files_problem(Path(name)):
-        return problem, "Download it again, as safetensors."
+        raise UserError(problem, "Download it again, as safetensors.")
     stored = stored_as(base.shape)
     if stored and stored not in STORED:
         problem = f"the weights of {name} are stored in {stored}, which is neither 16 bits, NF4 nor LLM.int8"
-        return problem, "Give --base_model the 16-bit original: --bits 4 makes NF4 of it."
+        raise UserError(problem, "Give --base_model the 16-bit original: --bits 4 makes NF4 of it.")
     if stored and STORED[stored] != bits:
         problem = f"the weights of {name} are stored in {STORED[stored]} bits and cannot be had in {bits}"
         original = original_name(name) if name != original_name(name) else "the 16-bit original"
-        return problem, f"Give --bits {STORED[stored]}, or --base_model {original}."
+        raise UserError(problem, f"Give --bits {STORED[stored]}, or --base_model {original}.")
     if others := sorted({*(getattr(text, "layer_types", None) or ())} - ATTENTION):
-        return f"{name} has layers of another kind than attention ({', '.join(others)})", ANOTHER
+        raise UserError(f"{name} has layers of another kind than attention ({', '.join(others)})", ANOTHER)
     if scaled := [part for part in SCALED_LOGITS if getattr(text, part, None) not in (None, 1)]:
         found = f"{name} scales or caps its logits ({scaled[0]} {getattr(text, scaled[0])})"
-        return f"{found}, which neither the shared trainer nor the evaluation does", ANOTHER
+        raise UserError(f"{found}, which neither the shared trainer nor the evaluation does", ANOTHER)
     for window in ("sliding_window", "attention_chunk_size"):
         tokens = getattr(text, window, None)
         if tokens and tokens < max_length and getattr(text, "use_sliding_window", True):
-            return f"{name} attends to {tokens} tokens alone ({window}), fewer than max_length {max_length}", ANOTHER
-    return "", ""
+            problem = f"{name} attends to {tokens} tokens alone ({window}), fewer than max_length {max_length}"
+            raise UserError(problem, ANOTHER)
 
 
-def training_problem(base: Base, targets: Collection[str]) -> tuple[str, str]:
-    """(why LoRA on the layers named `targets` cannot be trained on a base model, what to do); ("", "") if it can."""
+def check_trainable(base: Base, targets: Collection[str]) -> None:
+    """Raise UserError where LoRA on the layers named `targets` cannot be trained on a base model."""
     for name, value in base.shape.get_text_config().to_dict().items():
         if "expert" in name and type(value) is int and value > 1:
-            return f"{base.name} is a mixture of experts ({name} {value}), which is not trained here", ANOTHER
+            raise UserError(f"{base.name} is a mixture of experts ({name} {value}), which is not trained here", ANOTHER)
     found = {path.rpartition(".")[2] for path in base.layers}
     if missing := [name for name in targets if name not in found]:
         lacks = f"{len(missing)} of the {len(targets)} layers that LoRA adapts, {missing[0]} first"
-        return f"{base.name} lacks {lacks}", ANOTHER
-    return "", ""
+        raise UserError(f"{base.name} lacks {lacks}", ANOTHER)
 
 
 def files_problem(folder: Path) -> str:

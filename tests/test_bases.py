@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from config import LORA_TARGETS
-from data.bases import Base, base_key, base_problem, files_problem, original_name, training_problem
+from data.bases import Base, base_key, check_base, check_trainable, files_problem, original_name
+from data.errors import UserError
 
 
 class Nested:
@@ -30,7 +31,11 @@ class Nested:
 
 
 def problem_of(shape: object, max_length: int = 512, bits: int = 4) -> str:
-    return base_problem(Base("base", shape, {}, 0, 0), bits, max_length)[0]
+    try:
+        check_base(Base("base", shape, {}, 0, 0), bits, max_length)
+    except UserError as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 PLAIN = [LlamaConfig(), MistralConfig(), Qwen2Config(), Nested(LlamaConfig()), GPTNeoXConfig()]
@@ -84,11 +89,12 @@ def test_a_base_that_is_stored_in_8_bits_serves_in_8_bits_alone():
 
 def test_what_lora_would_not_find_and_a_mixture_of_experts_cannot_be_trained():
     layers = {f"model.layers.0.{name}": (8, 8) for name in LORA_TARGETS}
-    assert training_problem(Base("base", LlamaConfig(), layers, 0, 0), LORA_TARGETS) == ("", "")
+    check_trainable(Base("base", LlamaConfig(), layers, 0, 0), LORA_TARGETS)
     some = {path: size for path, size in layers.items() if "gate" not in path and "up" not in path}
-    lacks, _ = training_problem(Base("base", LlamaConfig(), some, 0, 0), LORA_TARGETS)
-    assert lacks == "base lacks 2 of the 7 layers that LoRA adapts, gate_proj first"
-    assert "is a mixture of experts" in training_problem(Base("base", MixtralConfig(), layers, 0, 0), LORA_TARGETS)[0]
+    with pytest.raises(UserError, match="base lacks 2 of the 7 layers that LoRA adapts, gate_proj first\n"):
+        check_trainable(Base("base", LlamaConfig(), some, 0, 0), LORA_TARGETS)
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        check_trainable(Base("base", MixtralConfig(), layers, 0, 0), LORA_TARGETS)
 
 
 def test_a_folder_without_all_of_its_weights_is_told(tmp_path):
