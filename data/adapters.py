@@ -7,7 +7,6 @@ initialisations of the base) would change the base model for the arms that are s
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -79,6 +78,9 @@ def _folder_problem(folder: Path) -> str:
 
 def _weights_problem(folder: Path, base: Base) -> str:
     """Why an adapter's tensors are not the low-rank updates of the base model's layers that its configuration names."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     lora, parts = read_json(folder / CONFIG), dict[str, set[str]]()
     for name, shape in shapes_of(folder / WEIGHTS).items():
         found = _TENSOR.fullmatch(name)
@@ -95,28 +97,14 @@ def _weights_problem(folder: Path, base: Base) -> str:
         parts.setdefault(layer, set()).add(found["part"].partition(".")[0])
     if not parts:
         return f"{folder} holds no weights"
-    named = layers_named(lora, base.layers)
+    lora_config = LoraConfig.from_pretrained(folder)
+    named = {layer for layer in base.layers if check_target_module_exists(lora_config, layer)}
     whole = {"A", "B", "magnitude_vector"} if lora.get("use_dora") else {"A", "B"}
     if unlike := [layer for layer in sorted(named | parts.keys()) if parts.get(layer) != whole or layer not in named]:
         return f"{folder}: the weights of {len(unlike)} layers are not those that {CONFIG} names, such as {unlike[0]}"
     if name := first_not_finite(folder / WEIGHTS):
         return f"{folder}: {name} holds what is no finite number of 16 or 32 bits"
     return ""
-
-
-def layers_named(lora: dict[str, Any], layers: Collection[str]) -> set[str]:
-    """The layers that an adapter_config.json names, as PEFT matches their paths: by a pattern, or by their ends."""
-
-    def among(path: str, names: Any) -> bool:
-        if isinstance(names, str):
-            return bool(re.fullmatch(names, path))
-        return any(path == name or path.endswith(f".{name}") for name in names or ())
-
-    numbers = lora.get("layers_to_transform")
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    named = {path for path in layers if among(path, lora.get("target_modules"))}
-    named -= {path for path in layers if among(path, lora.get("exclude_modules"))}
-    return {path for path in named if numbers is None or int((re.findall(r"\.(\d+)\.", path) or [-1])[0]) in numbers}
 
 
 def shapes_of(weights: Path) -> dict[str, list[int]]:
