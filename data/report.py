@@ -17,7 +17,7 @@ from data.errors import printable
 from data.files import file_sha256, read_json, write_text
 from data.measures import COMPARED, MEASURES, OF_ANSWERS
 from data.pairs import STEM, Movie, Pair, preference_row
-from data.runs import WEIGHTS, model_of, plain, read_run, settings_of
+from data.runs import WEIGHTS, model_of, plain, read_run, settings_of, trained_settings
 
 Facts = dict[str, Any]
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -239,13 +239,6 @@ def markdown_cells(corner: str, cells: pd.DataFrame) -> list[str]:
 
 MARK = "Written by this project's scripts"
 CARD_MARK = f"<!-- {MARK}, which overwrite it. Delete this line to keep your own text. -->"
-CARD_SETTINGS = {
-    "sft": ["sft_epochs", "sft_learning_rate"],
-    "sft_more": ["init", "epochs", "control_learning_rate", "sft_learning_rate"],
-    "dpo": ["init", "epochs", "learning_rate", "beta", "loss_type"],
-}
-COMMON_SETTINGS = ["option_order", "lora_dropout", "effective_batch", "optim", "lr_scheduler", "warmup_steps"]
-COMMON_SETTINGS += ["weight_decay", "max_grad_norm", "seed"]
 NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
 PRECISIONS = {  # bits: (their name, how transformers loads them)
     4: ("4-bit (NF4)", f"quantization_config={NF4}"),
@@ -282,7 +275,7 @@ def model_card(
     lora, run = read_json(folder / "adapter_config.json"), read_run(folder)
     trained, stage = settings_of(run), run["stage"] if run.get("stage") in tuple(verdict.KINDS) else ""
     precision, weights = PRECISIONS[trained.get("bits", base["bits"])]
-    names = [name for name in (*CARD_SETTINGS.get(stage, ()), *COMMON_SETTINGS) if name in trained]
+    decided = trained_settings(stage, trained) if stage else {}
     measured: Facts = {}
     index: Facts = {}
     limits = []
@@ -316,8 +309,8 @@ def model_card(
     prompt = preference_row(Pair(("title (year)",) * 5, film, film), "A")["prompt"]
     card = ModelCard.from_template(
         card_data, str(DOCS / "model_card.md"), mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained,
-        stage=stage, kind=verdict.KINDS.get(stage, ""), names=names, precision=precision, weights=weights, stem=STEM,
-        prompt=prompt, known=bool(names) and isinstance(run.get("data"), dict), limits=limits,
+        stage=stage, kind=verdict.KINDS.get(stage, ""), decided=decided, precision=precision, weights=weights,
+        stem=STEM, prompt=prompt, known=bool(decided) and isinstance(run.get("data"), dict), limits=limits,
         measured=measured, plain=lambda value: plain(value) or "not known",
     )
     return str(card) + "\n"
