@@ -125,7 +125,7 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
         seen = runs.rows_in(steps, len(data.rows), settings.effective_batch)
-        before = runs.rows_seen(start) if start else 0
+        before = runs.pairs_seen(start) if start else 0
         run = {
             "stage": stage, "settings": dataclasses.asdict(settings),
             "initial_adapter": str(start) if start else None, "initial_adapter_sha256": start_sha256,

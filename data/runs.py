@@ -158,7 +158,7 @@ class Lineage(NamedTuple):
 def lineage(folder: Path) -> Lineage:
     """Where the adapter in a folder comes from, by its run.json."""
     run = read_run(folder)
-    beta, seen = settings_of(run).get("beta"), float(rows_seen(folder) or math.nan)
+    beta, seen = settings_of(run).get("beta"), float(pairs_seen(folder) or math.nan)
     if run.get("stage") != "dpo" or not isinstance(beta, int | float):
         return Lineage(pairs_seen=seen)
     return Lineage("sft" if run.get("initial_adapter") else "base", float(beta), seen)
@@ -170,14 +170,10 @@ def rows_in(steps: int, rows: int, batch: int) -> int:
     return passes * rows + rest * batch
 
 
-def rows_seen(folder: Path) -> int:
+def pairs_seen(folder: Path) -> int:
     """Pairs seen by an adapter in all its training, with those of the adapter that it began with; 0 if unknown."""
-    run = read_run(folder)
-    if isinstance(run.get("pairs_seen"), int):
-        return run["pairs_seen"]
-    runs = [run, read_run(Path(str(run["initial_adapter"])))] if run.get("initial_adapter") else [run]
-    seen = [run.get("rows_seen") for run in runs]
-    return sum(seen) if all(isinstance(rows, int) for rows in seen) else 0
+    seen = read_run(folder).get("pairs_seen")
+    return seen if isinstance(seen, int) else 0
 
 
 def notes_on(adapters: Adapters, bits: int) -> list[str]:

@@ -21,9 +21,9 @@ from data.runs import (
     model_of,
     notes_on,
     of_another_stage,
+    pairs_seen,
     read_run,
     rows_in,
-    rows_seen,
     what_is_there,
 )
 
@@ -66,10 +66,10 @@ def test_an_adapter_of_other_settings_is_not_passed_off_as_this_one():
 
 def test_where_a_run_comes_from_is_read_from_it(tmp_path):
     assert str(lineage(tmp_path)) == "Lineage(reference='', beta=nan, pairs_seen=nan)"
-    sft = run_in(tmp_path / "sft", stage="sft", rows_seen=100, pairs_seen=100, settings={"beta": 0.1})
+    sft = run_in(tmp_path / "sft", stage="sft", pairs_seen=100, settings={"beta": 0.1})
     assert lineage(sft)[::2] == ("", 100)
-    run = {"stage": "dpo", "settings": {"beta": 0.1}, "rows_seen": 50}
-    assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=str(sft))) == ("sft", 0.1, 150)
+    run = {"stage": "dpo", "settings": {"beta": 0.1}, "pairs_seen": 50}
+    assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=str(sft))) == ("sft", 0.1, 50)
     assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=None)) == ("base", 0.1, 50)
     assert lineage(run_in(tmp_path / "dpo", **run | {"settings": {"beta": "much"}}))[::2] == ("", 50)
 
@@ -83,12 +83,10 @@ def test_an_adapter_of_another_stage_than_its_arms_name_is_told(tmp_path, arm, s
     assert of_another_stage(run_in(tmp_path, stage=["dpo"]), arm) == "", "somebody's run.json may say anything"
 
 
-def test_what_a_run_has_seen_is_counted_with_its_start(tmp_path):
-    sft = run_in(tmp_path / "sft", rows_seen=100)
-    assert rows_seen(sft) == 100
-    assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter=str(sft))) == 150
-    assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, pairs_seen=70, initial_adapter="gone")) == 70
-    assert rows_seen(run_in(tmp_path / "dpo", rows_seen=50, initial_adapter="gone")) == 0, "it is not known"
+def test_what_a_run_has_seen_is_known_where_its_run_json_says_it(tmp_path):
+    assert pairs_seen(run_in(tmp_path / "dpo", pairs_seen=70)) == 70
+    for unknown in ({}, {"pairs_seen": None}, {"pairs_seen": "many"}):
+        assert pairs_seen(run_in(tmp_path / "dpo", **unknown)) == 0, unknown
 
 
 def test_an_adapter_is_asked_for_with_the_start_that_is_there_or_is_trained_first(tmp_path):
