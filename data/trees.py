@@ -8,18 +8,12 @@ Trees lie in a batch in one of two ways: each in a row of its own (`pad_trees`, 
 row (`row_starts` and `one_row`, for Unsloth's kernel).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
 
 ATTENTION_BLOCK, ATTENTION_TILE = 128, 64  # nodes, of Unsloth's kernel
 
@@ -78,8 +72,8 @@ def pad_trees(trees: Sequence[Tree], multiple: int = 1) -> dict[str, np.ndarray]
     return batch
 
 
-def ancestor_mask(ends: torch.Tensor) -> torch.Tensor:
-    """Which node may attend to which, (trees, 1, nodes, nodes) of bool, from the ends of shape (trees, nodes)."""
+def ancestor_mask(ends: Any) -> Any:
+    """Which node may attend to which, (trees, 1, nodes, nodes) of bool, from the tensor of ends, (trees, nodes)."""
     import torch
 
     node = torch.arange(ends.shape[1], device=ends.device)
