@@ -3,7 +3,6 @@
 import html
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,13 +198,9 @@ def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bo
 
 def user_names(test: Sequence[Pair]) -> dict[str, str]:
     """What to call each user, by pair_id: the film watched next, numbered where several watched the same one."""
-    seen: Counter[str] = Counter()
-    names = {}
-    for pair in test:
-        title = pair.preferred.title
-        seen[title] += 1
-        names[pair.pair_id] = title + (f", user {seen[title]}" if seen[title] > 1 else "")
-    return names
+    titles = pd.Series({pair.pair_id: pair.preferred.title for pair in test}, dtype=str)
+    numbers = titles.groupby(titles).cumcount() + 1
+    return titles.where(numbers == 1, titles + ", user " + numbers.astype(str)).to_dict()
 
 
 def newest_in(area: Any, pages: Callable[..., Iterable[str]]) -> Callable[..., threading.Thread]:
