@@ -168,13 +168,11 @@ def choices_html(pair: Pair, rows: pd.DataFrame, genres: re.Pattern[str], known:
 
 def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
     """Text as HTML, ↵ for an end of line, with its genres marked: bold where among `own`, underlined otherwise."""
-    pieces, end = [], 0
-    text = re.sub(r"\s*\n\s*", " ↵ ", text.strip())
-    for found in genres.finditer(text):
-        tag = "b" if found[0] in own else "u"
-        pieces += [html.escape(text[end : found.start()]), f"<{tag}>{html.escape(found[0])}</{tag}>"]
-        end = found.end()
-    return "".join([*pieces, html.escape(text[end:])])
+    shown = ""
+    for number, piece in enumerate(re.split(f"({genres.pattern})", re.sub(r"\s*\n\s*", " ↵ ", text.strip()))):
+        tag = "b" if piece in own else "u"  # every second piece is a genre
+        shown += f"<{tag}>{html.escape(piece)}</{tag}>" if number % 2 else html.escape(piece)
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------------- pickers
