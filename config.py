@@ -638,15 +638,12 @@ def fitting_batch_size(
 
 
 def model_path(base_model: str) -> str:
-    """What transformers can load for this name; fetches and converts the small model at its first use."""
-    return str(small_model_folder()) if base_model == SMALL_MODEL else base_model
-
-
-def small_model_folder() -> Path:
-    """The small model as a safetensors folder in the user's cache, made at the first call from a GGUF file."""
+    """What transformers can load for this name; the small model's folder is made at its first use from a GGUF file."""
+    if base_model != SMALL_MODEL:
+        return base_model
     folder = CACHE / SMALL_MODEL
     if folder.is_dir():
-        return folder
+        return str(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_libraries()
@@ -663,7 +660,7 @@ def small_model_folder() -> Path:
             part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    return folder
+    return str(folder)
 
 
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ def test_the_three_lines_of_a_card_load_the_adapter_that_was_measured(study, bas
     adapter = adapter_of(flags)
     card = (adapter / "README.md").read_text()
     if base == "small":  # known by a name that transformers cannot find: through config.py
-        monkeypatch.setattr(config, "small_model_folder", lambda: tiny_model)
+        monkeypatch.setattr(config, "model_path", lambda name: str(tiny_model))
         card = model_card(adapter, config.base_facts(preset_settings(EvaluationSettings, "small")))
         assert ModelCard(card).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert ModelCard(card).data.license == "apache-2.0"
