@@ -140,8 +140,7 @@ def build_pairs(
         return []
     catalogue = np.sort(ratings["film"].unique())
     popularity = shown["film"].value_counts().reindex(catalogue, fill_value=0).sort_values(kind="stable")
-    decile = np.ceil(popularity.cumsum() / popularity.sum() * 10).astype(int).sort_index().to_numpy()
-    decile_of = dict(zip(catalogue, decile, strict=True))
+    decile = np.ceil(popularity.cumsum() / popularity.sum() * 10).astype(int).sort_index()
     seen_by = ratings.groupby("user")["film"].agg(set)
 
     pairs: list[Pair] = []
@@ -153,7 +152,7 @@ def build_pairs(
         for preferred in first[HISTORY_LENGTH:]:
             unseen = ~np.isin(catalogue, list(seen))
             if negatives == "popularity":
-                unseen &= decile == decile_of[preferred]
+                unseen &= (decile == decile[preferred]).to_numpy()
             if not unseen.any():
                 continue
             other = random.choice(catalogue[unseen])
