@@ -185,10 +185,9 @@ def report(
     for name in figures:
         lines += ["", f"![{Path(name).stem.replace('_', ' ')}](figures/{name})"]
 
-    told = [*(note.partition(": ")[::2] for note in notes), *(("", text) for text in metrics.get("caveats", ()))]
+    told = [f"- {html.escape(text, quote=False)}" for text in (*notes, *metrics.get("caveats", ()))]
     lines += ["", "## Caveats", ""] if told else []
-    marked = ((f"**{kind.capitalize()}:** " if kind else "", html.escape(text, quote=False)) for kind, text in told)
-    lines += [f"- {kind}{text}" for kind, text in marked]
+    lines += [re.sub("^- (note|mismatch): ", lambda kind: f"- **{kind[1].capitalize()}:** ", text) for text in told]
     lines += ["", "## To quote", "", verdict.sentence(metrics, model)] if "verdict" in metrics else []
     lines += ["", "## Comparisons"]
     rows = []
