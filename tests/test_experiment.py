@@ -220,6 +220,9 @@ def test_results_of_several_machines_add_up_and_are_known_by_study_and_seed(tmp_
     found = study_report.ablations(tmp_path, rows)
     assert found["beta_0.5"]["arms"]["dpo"]["seeds"] == 2
     assert found["beta_0.5"]["comparisons"]["dpo - unchanged"]["value"] == 0
+    default, panel = study_report.panels(found)["beta"]
+    assert default == "0.1" and set(panel) == {"0.05", "0.1", "0.2", "0.5"}
+    assert {one["arms"]["dpo"]["seeds"] for one in panel.values()} == {2}, "the unchanged arm has the same runs"
     assert found["beta_0.5"]["comparisons"]["dpo - sft"]["value"] == found["rank_8"]["comparisons"]["dpo - sft"]["value"]
 
 
