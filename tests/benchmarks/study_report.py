@@ -15,14 +15,15 @@ from data.figures import CAPTIONS, GREY, LINES, STYLE, arm_name, arm_styles, new
 from data.files import read_json, write_json, write_text
 from data.measures import MEASURES, compute_metrics, interaction, wins
 from data.predictions import COLUMNS, NUMBERS, completed, read_predictions
-from data.report import cell, summary
-from data.verdict import interval_text, judge
+from data.report import cell, half_interval, summary
+from data.verdict import interval_text, judge, rounded
 
 MAIN = {"4bit": "predictions.csv.gz", "16bit": "predictions_16bit.csv.gz"}
 ABLATIONS = "ablations.csv.gz"
 SHOWN = ("accuracy", "margins", "seeds", "popularity", "reliability")  # of evaluate_dpo.py's figures
 MAIN_STUDY = "unchanged"
 READ = "read in"
+DRAWN = '<img src="{file}.png" alt="{title}: ranking accuracy of SFT and DPO" width="49%">'
 PANELS = {  # figure and rows of the table: [(value, study)]
     "beta": [("0.05", "beta_0.05"), ("0.1", MAIN_STUDY), ("0.2", "beta_0.2"), ("0.5", "beta_0.5")],
     "LoRA rank": [("8", "rank_8"), ("16", MAIN_STUDY), ("64", "rank_64")],
@@ -190,7 +191,7 @@ def tables(results: Path) -> dict[str, str]:
     }
     for name, figure in {"runs": "seeds", "calibration": "reliability", "displacement": "margins"}.items():
         made[name] += f"\n\n![{CAPTIONS[figure]}]({figure}.png)"
-    drawn = [f"![{title}: ranking accuracy of SFT and DPO]({figure_name(title)}.png)" for title in (*panels(found), READ)]
+    drawn = [DRAWN.format(title=title, file=figure_name(title)) for title in (*panels(found), READ)]
     made["ablations"] += "\n\n" + "\n".join(drawn) if found else ""
     if read["interaction"]:
         made["bits"] = bits_table(metrics, read["metrics_16bit"], read["interaction"])
@@ -262,7 +263,8 @@ def ablations_table(found: dict[str, Any]) -> str:
         for value, one in there.items():
             arms, comparisons = one["arms"], one["comparisons"]
             wanted = ((arm, name) for name in shown for arm in ("sft", "dpo"))
-            cells = [cell(arms[arm][name], "%") if arm in arms else "" for arm, name in wanted]
+            values = [arms[arm][name] if arm in arms else None for arm, name in wanted]
+            cells = [f"{rounded(one['value'])} ±{half_interval(one)}" if one else "" for one in values]
             differences = (comparisons.get(key) for key in ("dpo - sft", f"dpo - {MAIN_STUDY}"))
             runs = arms["dpo"]["seeds"]
             rows.append([title, value, runs, *cells, *(interval_text(one) if one else "" for one in differences)])
@@ -274,7 +276,7 @@ def search_table(found: dict[str, Any]) -> str:
     shown = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")
     trials = [(arm, best, trial) for arm, best in found.items() for trial in best["trials"]]
     rows = [
-        [arm, trial["rate"], trial["epochs"], *(f"{trial[name]:.1f}" for name in shown), "yes" if all(trial[name] == best[name] for name in ("rate", "epochs")) else ""]
+        [arm, f"{float(trial['rate']):g}", trial["epochs"], *(f"{trial[name]:.1f}" for name in shown), "yes" if all(trial[name] == best[name] for name in ("rate", "epochs")) else ""]
         for arm, best, trial in trials
     ]
     return markdown(["arm", "learning rate", "epochs", "ranking %", "order-free %", "response %", "chosen"], rows)
@@ -308,7 +310,7 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
         "Ablations",
         "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K: 189 "
         "test users with random ones, 173 with matched ones.\nUnchanged rows have the seeds of what is compared with them. "
-        "Intervals are over users and, from three runs, over runs.",
+        "Intervals, and ± half of them, are over users and, from three runs, over runs.",
     ),
     "search": ("Search", "Trials of one run, on 966 training users held back. The control's best is among trials as long as DPO's."),
     "answers": ("Generated answers", "The first run: 100 users, five answers each at temperature 0.7."),
