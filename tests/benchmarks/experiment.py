@@ -67,9 +67,6 @@ OF_DPO = {  # name: flags of a DPO that starts from the SFT of the main study, a
 }
 
 
-FULL = "the float32 weights that these are a bfloat16 copy of,"
-
-
 @dataclass(frozen=True)
 class Job:
     """A command, the jobs that come before it, and the studies whose rows it gives: none where it trains."""
@@ -365,7 +362,8 @@ def publish_adapters(work: Path, results: Path) -> None:
             target = results / "adapters" / stage
             for name in ("adapter_config.json", "README.md"):
                 text = (folder / name).read_text(encoding="utf-8")
-                write_text(target / name, text.replace("belong to the weights with", f"belong to {FULL} with"))
+                full = "belong to the float32 weights that these are a bfloat16 copy of, with"
+                write_text(target / name, text.replace("belong to the weights with", full))
             copied = {"copy_of_sha256": file_sha256(folder / "adapter_model.safetensors")}
             write_json(target / "run.json", read_json(folder / "run.json") | copied)
             weights = load_file(folder / "adapter_model.safetensors")

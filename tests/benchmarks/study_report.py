@@ -308,11 +308,11 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     "transfer": ("Transfer", "Adapters of the main study on users of MovieLens-100K: its last three runs."),
     "ablations": (
         "Ablations",
-        "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K: 189 "
-        "test users with random ones, 173 with matched ones.\nUnchanged rows have the seeds of what is compared with them. "
+        "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K and "
+        "its own test users. Unchanged rows have the seeds of what is compared with them. "
         "Intervals, and ± half of them, are over users and, from three runs, over runs.",
     ),
-    "search": ("Search", "Trials of one run, on 966 training users held back. The control's best is among trials as long as DPO's."),
+    "search": ("Search", "Trials of one run, on training users held back. The control's best is among trials as long as DPO's."),
     "answers": ("Generated answers", "The first run: 100 users, five answers each at temperature 0.7."),
     "cost": ("Cost", "Minutes of all jobs, added up; several shared a GPU. `of_dpo` scores all variants of DPO."),
 }
