@@ -146,12 +146,12 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
 
 
 def compared_arms(arms: dict[str, Any]) -> list[tuple[str, str]]:
-    """(one, other): models with SFT in their precision, DPO with all but it, SFT's controls with the baselines."""
+    """(one, other): models with SFT in their precision, DPO with all but it, SFT and its controls with baselines."""
     models = [(arm, *arm.partition("@")) for arm in arms if arms[arm]["kind"] == "model"]
     pairs = [(arm, "sft" + at + bits) for arm, name, at, bits in models if name != "sft"]
     pairs += [("dpo", arm) for arm in arms if arm not in ("dpo", "sft", "always A") and "@" not in arm]
     baselines = [arm for arm in arms if arms[arm]["kind"] == "baseline" and arm != "always A"]
-    pairs += itertools.product(sft_controls(arms), baselines)
+    pairs += itertools.product(("sft", *sft_controls(arms)), baselines)
     return [(one, other) for one, other in pairs if one in arms and other in arms]
 
 

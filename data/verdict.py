@@ -203,7 +203,7 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
     arms = metrics["arms"]
     models = [arm for arm, measures in arms.items() if measures["kind"] == "model" and arm != "base" and "@" not in arm]
     found = [caveat for arm in models for caveat in caveats_of(arm, metrics)]
-    found += [caveat for arm in ("dpo", *sft_controls(arms)) for caveat in caveats_of_baselines(arm, metrics)]
+    found += [caveat for arm in ("dpo", "sft", *sft_controls(arms)) for caveat in caveats_of_baselines(arm, metrics)]
     return found + caveats_of_verdict(metrics)
 
 
