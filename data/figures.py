@@ -31,10 +31,10 @@ ROLES = {  # of a pair's films
 CAPTIONS = {  # of a figure: what it shows
     "accuracy": "Ranking and response accuracy of each arm, with 95% intervals; the line is chance",
     "position_bias": "Position bias of each model, with 95% intervals; the line is no bias",
-    "margins": "Decision margin of each test user under SFT (across) and DPO (up)",
+    "margins": "Decision margin of each test user under SFT (across) and DPO (up), mean of both orders and all runs",
     "reliability": "How often Option A is right against its probability, one panel per model",
     "popularity": "Ranking accuracy where the preferred film is the more, the less or similarly popular",
-    "seeds": "Ranking accuracy of each training run (crosses), and the mean with its 95% interval (points)",
+    "seeds": "Ranking accuracy of each training run (crosses; a line joins those of one seed), and their mean (points)",
     "genres": "Share of the preferred and of the other films that have each genre",
     "watched": "How many training users watched the preferred and the other films, as cumulative shares",
     "losses": "The training log: loss and, for DPO, log-probabilities, reward margin and accuracy by step",
@@ -78,9 +78,10 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
             figures["margins"] = draw_margins(predictions)
     if any(measures["seeds"] > 1 for measures in metrics["arms"].values()):
         figures["seeds"] = draw_seeds(metrics)
+    error = {"margins": "means over orders and runs", "reliability": "runs pooled,\n95% intervals of Wilson over users"}
     for name, figure in figures.items():
-        intervals = "" if name == "margins" else "; 95% intervals"
-        figure.supxlabel(sample_text(metrics) + intervals, fontsize=7, color=GREY)
+        caption = f"{sample_text(metrics)}; {error.get(name, '95% intervals')}"
+        figure.supxlabel(caption, fontsize=7, color=GREY)
     return figures
 
 
@@ -111,10 +112,9 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, share: bool = Fal
     return figure, axes
 
 
-def figure_of_arms(arms: Sequence[str], axis_label: str, middle: float) -> tuple[Figure, Any]:
-    """A figure with one row per arm and a line at the middle, and its axis."""
+def figure_of_arms(arms: Sequence[str], axis_label: str) -> tuple[Figure, Any]:
+    """A figure with one row per arm, and its axis."""
     figure, [[axis]] = new_figure(0.28 * len(arms) + 1.1)
-    axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
     axis.set(yticks=range(len(arms)), yticklabels=map(arm_name, arms), xlabel=axis_label, ylim=(len(arms) - 0.5, -0.5))
     return figure, axis
 
@@ -128,7 +128,8 @@ def draw_measures(
     metrics: dict[str, Any], arms: Sequence[str], measures: dict[str, str], axis_label: str, middle: float
 ) -> Figure:
     """One row per arm: measures, {name: label}, with their 95% intervals."""
-    figure, axis = figure_of_arms(arms, axis_label, middle)
+    figure, axis = figure_of_arms(arms, axis_label)
+    axis.axvline(middle, color="0.8", linewidth=0.8, zorder=0)
     styles, drawn = arm_styles([*metrics["arms"]]), {}
     for number, (measure, label) in enumerate(measures.items()):
         marker = {"marker": "os^"[number], "markersize": 4, "linestyle": ""}
@@ -199,10 +200,13 @@ def draw_margins(predictions: pd.DataFrame) -> Figure:
 
 
 def draw_seeds(metrics: dict[str, Any]) -> Figure:
-    """Ranking accuracy of each training run, and above it their mean with its 95% interval."""
+    """Ranking accuracy of each training run, those of one seed joined, and above it their mean with its interval."""
     accuracy = {arm: measures["ranking_accuracy"] for arm, measures in metrics["arms"].items()}
     styles, accuracy = arm_styles([*accuracy]), {arm: found for arm, found in accuracy.items() if found.get("runs")}
-    figure, axis = figure_of_arms([*accuracy], "ranking accuracy, %", 50)
+    figure, axis = figure_of_arms([*accuracy], "ranking accuracy, %")
+    for seed in dict.fromkeys(seed for found in accuracy.values() for seed in found["runs"]):
+        values = [found["runs"].get(seed, math.nan) for found in accuracy.values()]
+        axis.plot(values, np.arange(len(values)) + 0.18, color="0.8", linewidth=0.6, zorder=0)
     for row, (arm, found) in enumerate(accuracy.items()):
         axis.errorbar(found["value"], row - 0.14, xerr=spread(found), fmt="o", markersize=4, **LINES, **styles[arm])
         axis.plot([*found["runs"].values()], [row + 0.18] * len(found["runs"]), "x", markersize=4, **styles[arm])

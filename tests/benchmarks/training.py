@@ -24,8 +24,10 @@ import gpu  # noqa: E402
 sys.path.insert(0, str(gpu.ROOT))
 
 import torch  # noqa: E402
+from matplotlib import rc_context  # noqa: E402
 
 import config  # noqa: E402
+from data.figures import COLOURS, GREY, OTHERS, STYLE, new_figure  # noqa: E402
 
 CPU_CASES = [("stock", 1), ("stock", 2), ("stock", 8), ("shared", 2), ("shared", 4), ("shared", 8)]
 CUDA_CASES = [("stock", 8), ("unsloth", 8), ("shared", 8), ("shared", 16), ("shared", 32)]
@@ -96,13 +98,9 @@ def scaling(options: argparse.Namespace, cuda: bool) -> None:
     draw_scaling(earlier, options.results / "scaling.png")
 
 
+@rc_context(STYLE)
 def draw_scaling(devices: dict[str, dict], path: Path) -> None:
     """Seconds against pairs (linear), tokens a second against a row's tokens (flat), pairs a second against the batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {
         "pairs": ("pairs", "seconds", lambda record: (record["pairs_timed"], record["seconds"])),
         "prompt": (
@@ -112,15 +110,15 @@ def draw_scaling(devices: dict[str, dict], path: Path) -> None:
         ),
         "batch": ("pairs in a micro-batch", "pairs a second", lambda record: (record["micro_batch"], record["pairs_per_second"])),
     }
-    figure, axes = plt.subplots(len(devices), 3, figsize=(9, 2.6 * len(devices)), squeeze=False, layout="constrained")
-    for row, (device, found) in zip(axes, devices.items(), strict=True):
-        for axis, (name, (x, y, point)) in zip(row, panels.items(), strict=True):
+    figure, axes = new_figure(1.7 * 3, 3, len(devices))
+    for column, (device, found) in zip(axes.T, devices.items(), strict=True):
+        for axis, (name, (x, y, point)) in zip(column, panels.items(), strict=True):
             across, up = zip(*(point(record) for record in found[name] if "failed" not in record), strict=True)
-            axis.plot(across, up, marker="o", color="black")
-            axis.set(xlabel=x, ylabel=y, xlim=(0, 1.1 * max(across)), ylim=(0, 1.1 * max(up)))
-        row[1].set_title(f"This project's trainer, DPO: {device}", fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            axis.plot(across, up, marker="o", markersize=4, linewidth=1, color="black")
+            axis.set(xlabel=x, ylabel=y, xlim=(0, 1.1 * max(across)), ylim=(0, 1.15 * max(up)))
+        column[0].set_title(device, fontsize=8)
+    figure.supxlabel("this project's trainer, DPO; one measurement a point", fontsize=7, color=GREY)
+    figure.savefig(path, dpi=200)
 
 
 def write(found: dict[tuple, list[dict]], results: Path) -> None:
@@ -160,35 +158,29 @@ def save(records: list[dict], results: Path) -> None:
     draw(records, results / "speed.png")
 
 
+@rc_context(STYLE)
 def draw(records: list[dict], path: Path) -> None:
-    """Pairs a second against the micro-batch, one panel a device and shape, one line a trainer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Pairs a second against the micro-batch, one panel a device and shape, one line a trainer, one point a turn."""
     panels = list(dict.fromkeys((record["device"], record["shape"]) for record in records if "device" in record))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.8), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for number, (trainer, label) in enumerate(NAMES.items()):
-            points = sorted(
-                (record["micro_batch"], record["pairs_per_second"])
-                for record in records
-                if (record.get("device"), record.get("shape"), record["trainer"]) == (*panel, trainer)
-            )
+    figure, axes = new_figure(2.4 * len(panels), len(panels))
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for (trainer, label), marker, colour in zip(NAMES.items(), "os^", (COLOURS["sft"], OTHERS[0], COLOURS["dpo"]), strict=True):
+            of_trainer = [record for record in records if (record.get("device"), record.get("shape"), record["trainer"]) == (*panel, trainer)]
+            points = sorted((record["micro_batch"], record["pairs_per_second"]) for record in of_trainer)
+            turns = [(record["micro_batch"], turn) for record in of_trainer for turn in record["turns"]]
             if points:
-                style = {"marker": "os^"[number], "linestyle": ["-", "--", ":"][number], "color": f"C{number}", "label": label}
-                axis.plot(*zip(*points, strict=True), **style)
-        axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}\n{panel[0]}", xscale="log")
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=label)
+                axis.plot(*zip(*turns, strict=True), marker, color=colour, markersize=4)
+        axis.set(xlabel="pairs in a micro-batch", ylabel="pairs a second", title=f"{panel[1]}, {panel[0]}")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(0.1)
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(8)
-    labels = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    labels = {label: line for axis in axes[:, 0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=3)
+    figure.supxlabel("DPO without the reference's pass; lines are medians of turns", fontsize=7, color=GREY)
+    figure.savefig(path, dpi=200)
 
 
 if __name__ == "__main__":
