@@ -12,12 +12,11 @@ model leaves most of it idle. Start NVIDIA's MPS daemon first (`nvidia-cuda-mps-
 
 import argparse
 import os
-import queue
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
@@ -77,27 +76,29 @@ class Job:
     gives: tuple[str, ...] = ()
 
 
-def train(study: str, seed: int, flags: str, needs: tuple[str, ...] = ()) -> Job:
-    name = f"{study}/{seed}"
-    return Job(name, f"train_dpo.py {TRAINING} --seed {seed} --outputs {WORK}/{name} {flags}", needs)
+def adapter(study: str, seed: int, stage: str) -> str:
+    return f"{WORK}/{study}/{seed}/smollm2_{stage}_{16 if study == '16bit' else 4}bit_final"
 
 
-def score(study: str, seed: int, needs: tuple[str, ...], flags: str, gives: tuple[str, ...] = ()) -> Job:
-    """An evaluation; later flags win over these defaults, and the main study alone asks for what costs most."""
+def train(study: str, seed: int, flags: str, start: str = "") -> Job:
+    """A training; start: the study whose SFT it starts from, where it trains none of its own."""
+    line = f"train_dpo.py {TRAINING} --seed {seed} --outputs {WORK}/{study}/{seed} {flags}"
+    if not start:
+        return Job(f"{study}/{seed}", line)
+    return Job(f"{study}/{seed}", f"{line} --sft_adapter {adapter(start, seed, 'sft')}", (f"{start}/{seed}",))
+
+
+def score(study: str, seed: int, arms: dict[str, tuple[str, str]], flags: str = "", gives: Sequence[str] = ()) -> Job:
+    """An evaluation of arms {name: (study, stage)}; its flags win over the defaults, which leave out what costs most."""
     name = f"{study}/{seed}/scores"
-    line = f"evaluate_dpo.py {MODEL} --outputs {WORK}/{name} --strangers false --generate_users 0 {flags}"
-    return Job(name, line, needs, gives or (study,))
+    given = " ".join(f"{arm}={adapter(of, seed, stage)}" for arm, (of, stage) in arms.items())
+    line = f"evaluate_dpo.py {MODEL} --outputs {WORK}/{name} --strangers false --generate_users 0 {flags}".rstrip()
+    needs = dict.fromkeys(f"{of}/{seed}" for of, _ in arms.values())
+    return Job(name, f"{line} --adapters {given}", tuple(needs), tuple(gives or [study]))
 
 
-def adapters(folders: dict[str, str], seed: int, bits: int = 4) -> str:
-    """The flag for adapters {arm: STUDY:STAGE} of one seed."""
-    parts = {arm: place.split(":") for arm, place in folders.items()}
-    made = [f"{arm}={WORK}/{of}/{seed}/smollm2_{stage}_{bits}bit_final" for arm, (of, stage) in parts.items()]
-    return f"--adapters {' '.join(made)}"
-
-
-def of_study(study: str, *stages: str) -> dict[str, str]:
-    return {stage: f"{study}:{stage}" for stage in stages}
+def stages_of(study: str, *stages: str) -> dict[str, tuple[str, str]]:
+    return {stage: (study, stage) for stage in stages}
 
 
 def searching(name: str, trials: dict[str, list[tuple[str, int]]], best_sft: str = "") -> list[Job]:
@@ -105,15 +106,12 @@ def searching(name: str, trials: dict[str, list[tuple[str, int]]], best_sft: str
     jobs, seed = [], SEEDS[0]
     on = f"--pairs {WORK}/search.jsonl"
     for stage, tried in trials.items():
-        start = "" if stage == "sft" else f"--sft_adapter {WORK}/search/{best_sft}/{seed}/smollm2_sft_4bit_final"
-        names = {}
-        for rate, epochs in tried:
-            names[f"{stage}_{rate}_{epochs}"] = f"search/{stage}_{rate}_{epochs}:{stage}"
-            schedule = SCHEDULE[stage].format(rate=rate, epochs=epochs)
-            flags = f"{on} --stage {stage} {start} {schedule} --validation_pairs 0"
-            jobs.append(train(f"search/{stage}_{rate}_{epochs}", seed, flags))
-        needs = tuple(f"search/{name}/{seed}" for name in names)
-        jobs.append(score(f"search/{stage}_{name}", seed, needs, f"{on} {adapters(names, seed)}"))
+        start = "" if stage == "sft" else f"--sft_adapter {adapter(f'search/{best_sft}', seed, 'sft')}"
+        names = {f"{stage}_{rate}_{epochs}": SCHEDULE[stage].format(rate=rate, epochs=epochs) for rate, epochs in tried}
+        for trial, schedule in names.items():
+            jobs.append(train(f"search/{trial}", seed, f"{on} --stage {stage} {start} {schedule} --validation_pairs 0"))
+        arms = {trial: (f"search/{trial}", stage) for trial in names}
+        jobs.append(score(f"search/{stage}_{name}", seed, arms, on))
     return jobs
 
 
@@ -133,73 +131,56 @@ def worth(trial: dict) -> list[float]:
 
 def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
     """Every command of the study; tuned: the best trial of each arm; training_pairs: how many all are."""
-    schedule = {arm: SCHEDULE[arm].format(**trial) for arm, trial in tuned.items()}
+    sft, dpo = (SCHEDULE[arm].format(**tuned[arm]) for arm in ("sft", "dpo"))
     control = f"--control_learning_rate {tuned['sft_more']['rate']}"  # it takes as many steps as DPO
-    both = f"{schedule['sft']} {schedule['dpo']} --control false"
     jobs = []
     for seed, bits in product(SEEDS, (4, 16)):
-        main = f"{bits}bit"
-        jobs.append(train(main, seed, f"{schedule['sft']} {control} {schedule['dpo']} --bits {bits}"))
+        jobs.append(train(f"{bits}bit", seed, f"{sft} {control} {dpo} --bits {bits}"))
         answers = 100 if (seed, bits) == (SEEDS[0], 4) else 0
         asked = f"--bits {bits} --strangers true --generate_users {answers}"
-        given = adapters(of_study(main, "sft", "sft_more", "dpo"), seed, bits)
-        jobs.append(score(main, seed, (f"{main}/{seed}",), f"{asked} {given}"))
-    for seed in SEEDS:
+        jobs.append(score(f"{bits}bit", seed, stages_of(f"{bits}bit", "sft", "sft_more", "dpo"), asked))
+    faster = dpo.replace(tuned["dpo"]["rate"], f"{3.2 * float(tuned['dpo']['rate']):g}")
+    for seed in SEEDS[-max(runs for _, runs in OF_DPO.values()) :]:
         names = [name for name, (_, runs) in OF_DPO.items() if seed > SEEDS[-1] - runs]
         for name in names:
-            flags = f"--stage dpo {schedule['dpo']} {OF_DPO[name][0]}"
-            if name == "dpo_rate_3.2":
-                flags = flags.replace(tuned["dpo"]["rate"], f"{3.2 * float(tuned['dpo']['rate']):g}")
-            if name != "dpo_from_base":
-                flags += f" --sft_adapter {WORK}/4bit/{seed}/smollm2_sft_4bit_final"
-            jobs.append(train(name, seed, flags, () if name == "dpo_from_base" else (f"4bit/{seed}",)))
-        if names:
-            given = adapters({name: f"{name}:dpo" for name in names}, seed)
-            jobs.append(score("of_dpo", seed, tuple(f"{name}/{seed}" for name in names), given, tuple(names)))
+            schedule, start = faster if name == "dpo_rate_3.2" else dpo, "" if name == "dpo_from_base" else "4bit"
+            jobs.append(train(name, seed, f"--stage dpo {schedule} {OF_DPO[name][0]}", start))
+        jobs.append(score("of_dpo", seed, {name: (name, "dpo") for name in names}, gives=names))
+
+    changed = {f"rank_{rank}": f"--lora_rank {rank} --lora_alpha {rank}" for rank in (8, 64)}
+    changed |= {f"order_{order}": f"--option_order {order}" for order in ("both", "original")}
+    changed["sft_x2"] = f"--sft_epochs {2 * tuned['sft']['epochs']}"
+    for count in (128, 1024):
+        few = changed[f"pairs_{count}_passes"] = f"--max_pairs {count}"
+        epochs = [f"{tuned[arm]['epochs'] * training_pairs / count:.4g}" for arm in ("sft", "dpo")]
+        changed[f"pairs_{count}_steps"] = f"{few} --sft_epochs {epochs[0]} --epochs {epochs[1]}"
+    changed |= {f"negatives_{kind}": f"--pairs {pairs} --validation_pairs 0" for kind, pairs in NEGATIVES.items()}
+    read_again = {"read_in_16": "--second_bits 16"}
+    read_again["transfer"] = f"--pairs {NEGATIVES['random']} --test_share 0.999 --allow_mismatch true"
     for seed in SEEDS[-3:]:
-        changed = {f"rank_{rank}": f"--lora_rank {rank} --lora_alpha {rank}" for rank in (8, 64)}
-        changed |= {f"order_{order}": f"--option_order {order}" for order in ("both", "original")}
-        changed["sft_x2"] = f"--sft_epochs {2 * tuned['sft']['epochs']}"
-        for count in (128, 1024):
-            epochs = {arm: f"{tuned[arm]['epochs'] * training_pairs / count:.4g}" for arm in ("sft", "dpo")}
-            changed[f"pairs_{count}_passes"] = f"--max_pairs {count}"
-            changed[f"pairs_{count}_steps"] = (
-                f"--max_pairs {count} --sft_epochs {epochs['sft']} --epochs {epochs['dpo']}"
-            )
         for name, flags in changed.items():
-            given = adapters(of_study(name, "sft", "dpo"), seed)
-            jobs += [train(name, seed, f"{both} {flags}"), score(name, seed, (f"{name}/{seed}",), given)]
-        main = adapters(of_study("4bit", "sft", "sft_more", "dpo"), seed)
-        jobs.append(score("read_in_16", seed, (f"4bit/{seed}",), f"--second_bits 16 {main}"))
-        others = f"--pairs {NEGATIVES['random']} --test_share 0.999 --allow_mismatch true"
-        jobs.append(score("transfer", seed, (f"4bit/{seed}",), f"{others} {main}"))
-        for kind, pairs in NEGATIVES.items():
-            name = f"negatives_{kind}"
-            jobs.append(train(name, seed, f"{both} --pairs {pairs} --validation_pairs 0"))
-            for on, tested in NEGATIVES.items():
-                flags = f"--pairs {tested} --allow_mismatch true {adapters(of_study(name, 'sft', 'dpo'), seed)}"
-                jobs.append(score(f"{name}_on_{on}", seed, (f"{name}/{seed}",), flags))
+            jobs.append(train(name, seed, f"{sft} {dpo} --control false {flags}"))
+            tests = {name: ""}
+            if name.startswith("negatives"):
+                tests = {f"{name}_on_{on}": f"--pairs {pairs} --allow_mismatch true" for on, pairs in NEGATIVES.items()}
+            jobs += [score(test, seed, stages_of(name, "sft", "dpo"), flags) for test, flags in tests.items()]
+        main = stages_of("4bit", "sft", "sft_more", "dpo")
+        jobs += [score(test, seed, main, flags) for test, flags in read_again.items()]
     return jobs
 
 
 # ------------------------------------------------------------------------------------------------- running jobs
 
 
-def wanted(jobs: list[Job], scored: set[str], work: Path, only: list[str] | None = None) -> list[Job]:
+def wanted(jobs: list[Job], scored: set[str], work: Path, only: Sequence[str] = ()) -> list[Job]:
     """The evaluations whose rows are not known, each after the trainings that it needs and that are not there."""
-    by_name = {job.name: job for job in jobs}
-    found: dict[str, Job] = {}
-
-    def want(name: str) -> None:
-        if name not in found and not (work / f"{name}.done").exists():
-            for needed in by_name[name].needs:
-                want(needed)
-            found[name] = by_name[name]
-
-    for job in jobs:
-        if job.gives and not set(rows_of(job)) <= scored and (not only or job.name.startswith(tuple(only))):
-            want(job.name)
-    return list(found.values())
+    needed, found = set(), []
+    for job in reversed(jobs):
+        lacks = not set(rows_of(job)) <= scored and job.name.startswith(tuple(only or [""]))
+        if (lacks or job.name in needed) and not (work / f"{job.name}.done").exists():
+            needed.update(job.needs)
+            found.append(job)
+    return found[::-1]
 
 
 def rows_of(job: Job) -> list[str]:
@@ -209,35 +190,30 @@ def rows_of(job: Job) -> list[str]:
 
 def run_all(jobs: list[Job], run: Callable[[Job], bool], slots: int) -> list[str]:
     """Run jobs side by side, each after those that it needs; returns what did not end well, or could not begin."""
-    ended: dict[str, bool] = {}
-    waiting, running, here = {job.name: job for job in jobs}, {}, {job.name for job in jobs}
+    waiting, running, lacking = sorted(jobs, key=lambda job: not job.gives), {}, {job.name for job in jobs}
     with ThreadPoolExecutor(slots) as pool:
-        while len(ended) < len(jobs):
-            ready = []
-            for job in list(waiting.values()):
-                before = [ended.get(name) for name in job.needs if name in here]
-                if False in before:
-                    ended[waiting.pop(job.name).name] = False
-                elif all(before):
-                    ready.append(job)
-            for job in sorted(ready, key=lambda job: not job.gives)[: slots - len(running)]:  # first what is scored
-                running[pool.submit(run, job)] = waiting.pop(job.name).name
+        while True:
+            ready = [job for job in waiting if lacking.isdisjoint(job.needs)]  # first what is scored
+            for job in ready[: slots - len(running)]:
+                running[pool.submit(run, job)] = job.name
+                waiting.remove(job)
+            if not running:
+                return [job.name for job in jobs if job.name in lacking]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                ended[running.pop(future)] = future.exception() is None and future.result()
-    return [name for name, well in ended.items() if not well]
+                name = running.pop(future)
+                if future.exception() is None and future.result():
+                    lacking.remove(name)
 
 
 def runner(options: argparse.Namespace) -> Callable[[Job], bool]:
     """A function that runs one job on a free GPU; no training begins after options.minutes."""
-    gpus: queue.Queue[str] = queue.Queue()
-    for slot in range(options.slots):
-        gpus.put(options.gpus[slot % len(options.gpus)])
+    free = [options.gpus[slot % len(options.gpus)] for slot in range(options.slots)]
     end = time.monotonic() + 60 * options.minutes
 
     def run(job: Job) -> bool:
         if not job.gives and time.monotonic() > end:
             return False
-        mark, began, gpu = ROOT / WORK / f"{job.name}.done", time.monotonic(), gpus.get()
+        mark, began, gpu = ROOT / WORK / f"{job.name}.done", time.monotonic(), free.pop(0)
         mark.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         environment["UNSLOTH_COMPILE_LOCATION"] = str(mark.with_suffix(".compiled"))  # jobs would mix theirs
@@ -248,7 +224,7 @@ def runner(options: argparse.Namespace) -> Callable[[Job], bool]:
             if not code:
                 mark.touch()
                 break
-        gpus.put(gpu)
+        free.append(gpu)
         print(f"{time.strftime('%H:%M:%S')} {job.name}: exit code {code}, {time.monotonic() - began:.0f} s", flush=True)
         return code == 0
 
