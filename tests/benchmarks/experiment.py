@@ -26,14 +26,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np
 import pandas as pd
 from benchmarks import study_report
 from benchmarks.study_report import ABLATIONS, MAIN
 
 from data.files import file_sha256, read_json, write_json, write_text
 from data.pairs import load_pairs, split_pairs, write_pairs
-from data.predictions import COLUMNS, KEY, LOG_PROBS, WHOLE
+from data.predictions import COLUMNS, KEY, read_predictions
 
 RESULTS = ROOT / "docs" / "results"
 WORK = "outputs/study"
@@ -143,7 +142,8 @@ def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
     for seed in SEEDS[-max(runs for _, runs in OF_DPO.values()) :]:
         names = [name for name, (_, runs) in OF_DPO.items() if seed > SEEDS[-1] - runs]
         for name in names:
-            schedule, start = faster if name == "dpo_rate_3.2" else dpo, "" if name == "dpo_from_base" else "4bit"
+            schedule = faster if name == "dpo_rate_3.2" else dpo
+            start = "" if name == "dpo_from_base" else "4bit"
             jobs.append(train(name, seed, f"--stage dpo {schedule} {OF_DPO[name][0]}", start))
         jobs.append(score("of_dpo", seed, {name: (name, "dpo") for name in names}, gives=names))
 
@@ -239,31 +239,23 @@ def search(options: argparse.Namespace) -> list[str]:
     work = ROOT / WORK
     write_pairs(work / "search.jsonl", split_pairs(load_pairs(ROOT / PAIRS), 0.2)[0])
     found: dict[str, Any] = {}
-
-    def try_all(name: str, wanted_trials: dict[str, list[tuple[str, int]]]) -> list[str]:
-        jobs = searching(name, wanted_trials, found.get("sft", {}).get("name", ""))
+    for stages, name in product((("sft",), ("dpo", "sft_more")), ("grid", "step")):
+        trials = {stage: list(product(RATES[stage], EPOCHS)) for stage in stages}
+        if name == "step":
+            trials = {stage: [(further(found[stage]), found[stage]["epochs"])] for stage in stages}
+        jobs = searching(name, trials, found.get("sft", {}).get("name", ""))
         if failed := run_all(wanted(jobs, set(), work), runner(options), options.slots):
             return failed
-        for stage, tried in wanted_trials.items():
+        for stage, tried in trials.items():
             measured = read_json(work / f"search/{stage}_{name}/{SEEDS[0]}/scores/evaluation/metrics.json")["arms"]
-            trials = found.get(stage, {}).get("trials", [])
+            known = found.get(stage, {}).get("trials", [])
             for rate, epochs in tried:
-                values = {measure: measured[f"{stage}_{rate}_{epochs}"][measure]["value"] for measure in SEARCHED}
-                trials.append({"name": f"{stage}_{rate}_{epochs}", "rate": rate, "epochs": epochs, **values})
-            found[stage] = max(trials, key=worth) | {"trials": trials}
-        if "sft_more" in found:  # the control takes as many steps as DPO
-            trials = found["sft_more"]["trials"]
-            as_long = [trial for trial in trials if trial["epochs"] == found["dpo"]["epochs"]]
-            found["sft_more"] = max(as_long, key=worth) | {"trials": trials}
-        return []
-
-    for stages in (("sft",), ("dpo", "sft_more")):
-        grid = {stage: list(product(RATES[stage], EPOCHS)) for stage in stages}
-        if failed := try_all("grid", grid):
-            return failed
-        step = {stage: [(further(found[stage]), found[stage]["epochs"])] for stage in stages}
-        if failed := try_all("step", step):
-            return failed
+                trial = f"{stage}_{rate}_{epochs}"
+                values = {measure: measured[trial][measure]["value"] for measure in SEARCHED}
+                known.append({"name": trial, "rate": rate, "epochs": epochs, **values})
+            allowed = [found["dpo"]["epochs"]] if stage == "sft_more" else EPOCHS  # the control: as many steps as DPO
+            best = max((trial for trial in known if trial["epochs"] in allowed), key=worth)
+            found[stage] = best | {"trials": known}
     write_json(RESULTS / "search.json", found)
     return []
 
@@ -279,39 +271,32 @@ def collect(jobs: list[Job], work: Path, results: Path) -> None:
             about = {name: run.get(name) for name in ("git_commit", "device", "first_loss", "stage")}
             name = job.name if job.gives else f"{job.name}/{run['stage']}"
             runs[name] = {"line": job.line, "seconds": round(seconds, 1), **about}
-            if job.name == f"4bit/{SEEDS[0]}":  # what a thesis says of its methods
-                write_json(results / "runs" / f"{run['stage']}.run.json", run)
-        path = folder / "evaluation" / "predictions.csv"
-        if job.gives and path.exists():
-            add_rows(pd.read_csv(path, dtype=str, keep_default_na=False), job, results)
+            if job.name == f"4bit/{SEEDS[0]}":
+                publish_adapter(path.parent, run, results)
+        if job.gives and (path := folder / "evaluation" / "predictions.csv").exists():
+            add_rows(path, job, results)
     if (answers := work / f"4bit/{SEEDS[0]}/scores/evaluation/generation.json").exists():
         write_json(results / "generation.json", read_json(answers))
     write_json(results / "runs.json", dict(sorted(runs.items())))
 
 
-def add_rows(rows: pd.DataFrame, job: Job, results: Path) -> None:
+def add_rows(predictions: Path, job: Job, results: Path) -> None:
     """Put an evaluation's rows into the file of its study, in place of earlier rows of the same runs.
 
     Of the main study all columns are kept, of the others margins to 3 decimals.
     """
-    main = job.gives[0] in MAIN
-    if not main:
+    study, key = job.gives[0], KEY
+    if study in MAIN:
+        rows = pd.read_csv(predictions, dtype=str, keep_default_na=False)
+    else:
+        rows, key = read_predictions(predictions).round(3), ["study", *KEY]
         rows = rows[(rows["history"] == "own") & (rows["arm"] != "base")]
-        rows = rows[(rows["kind"] == "model") | ("negatives" in job.gives[0])]
-        rows = rows.assign(study=rows["arm"] if len(job.gives) > 1 else job.gives[0])
-        rows["arm"] = "dpo" if len(job.gives) > 1 else rows["arm"]
-        numbers = {name: pd.to_numeric(rows[name]) for name in ("decision_margin", *LOG_PROBS, *WHOLE[:2])}
-        response = numbers["chosen_log_prob"] - numbers["rejected_log_prob"]
-        more = numbers["preferred_count"] - numbers["other_count"]
-        rows = rows.assign(
-            decision_margin=numbers["decision_margin"].round(3),
-            response_margin=response.round(3),
-            preferred_more_popular=np.select([more > 0, more < 0], ["true", "false"], "tie"),
-        )[["study", *COLUMNS[1]]]
-    path = results / (MAIN[job.gives[0]] if main else ABLATIONS)
+        rows = rows[(rows["kind"] == "model") | ("negatives" in study)]
+        several = {"study": rows["arm"], "arm": "dpo"} if len(job.gives) > 1 else {"study": study}
+        rows = rows.assign(**several)[["study", *COLUMNS[1]]]
+    path = results / MAIN.get(study, ABLATIONS)
     if path.exists():
         rows = pd.concat([rows, pd.read_csv(path, dtype=str, keep_default_na=False)])
-    key = KEY if main else ["study", *KEY]
     rows = rows.drop_duplicates(key).sort_values(key, kind="stable")
     rows.to_csv(path, index=False, lineterminator="\n", compression={"method": "gzip", "mtime": 0})
 
@@ -319,32 +304,26 @@ def add_rows(rows: pd.DataFrame, job: Job, results: Path) -> None:
 def scored_in(results: Path) -> set[str]:
     """STUDY/SEED of all rows that the results hold."""
     found: set[str] = set()
-    for name in (*MAIN.values(), ABLATIONS):
-        if (path := results / name).exists():
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=lambda column: column in ("study", "seed"))
-            studies = rows["study"] if "study" in rows else [of for of, file in MAIN.items() if file == name][0]
-            runs = rows.assign(study=studies).drop_duplicates()
-            found |= {f"{run.study}/{run.seed}" for run in runs.itertuples() if run.seed}  # baselines have none
+    for study, name in [*MAIN.items(), ("", ABLATIONS)]:
+        if (results / name).exists():
+            rows = pd.read_csv(results / name, dtype=str).dropna(subset="seed")  # baselines have none
+            found |= {*(rows.get("study", study) + "/" + rows["seed"])}
     return found
 
 
-def publish_adapters(work: Path, results: Path) -> None:
-    """The first run's adapters of the main study, in bfloat16, with their cards: for anybody without a GPU."""
+def publish_adapter(folder: Path, run: dict[str, Any], results: Path) -> None:
+    """An adapter of the main study's first run, in bfloat16, with its card: for anybody without a GPU."""
     from safetensors.torch import load_file, save_file
 
-    for stage in ("sft", "sft_more", "dpo"):
-        folder = work / f"4bit/{SEEDS[0]}" / f"smollm2_{stage}_4bit_final"
-        if folder.is_dir():
-            target = results / "adapters" / stage
-            for name in ("adapter_config.json", "README.md"):
-                text = (folder / name).read_text(encoding="utf-8")
-                full = "belong to the float32 weights that these are a bfloat16 copy of, with"
-                write_text(target / name, text.replace("belong to the weights with", full))
-            copied = {"copy_of_sha256": file_sha256(folder / "adapter_model.safetensors")}
-            write_json(target / "run.json", read_json(folder / "run.json") | copied)
-            weights = load_file(folder / "adapter_model.safetensors")
-            halved = {name: tensor.bfloat16() for name, tensor in weights.items()}
-            save_file(halved, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(results / "runs" / f"{run['stage']}.run.json", run)  # what a thesis says of its methods
+    target, weights = results / "adapters" / run["stage"], folder / "adapter_model.safetensors"
+    write_json(target / "run.json", run | {"copy_of_sha256": file_sha256(weights)})
+    write_text(target / "adapter_config.json", (folder / "adapter_config.json").read_text(encoding="utf-8"))
+    full = "belong to the float32 weights that these are a bfloat16 copy of, with"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    write_text(target / "README.md", card.replace("belong to the weights with", full))
+    halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    save_file(halved, target / weights.name, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -364,7 +343,6 @@ def main() -> None:
             return
         failed = run_all(wanted(jobs, scored_in(RESULTS), ROOT / WORK, options.only), runner(options), options.slots)
         collect(jobs, ROOT / WORK, RESULTS)
-        publish_adapters(ROOT / WORK, RESULTS)
     if options.part in ("run", "report"):
         study_report.report(RESULTS)
     if failed:
