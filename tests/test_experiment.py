@@ -125,8 +125,8 @@ def test_an_ablation_shows_every_value_with_its_interval_and_marks_the_study_s_o
 
 
 def test_what_the_report_says_of_bits_is_4_minus_16(tmp_path, monkeypatch):
-    for name in ("draw_ablations", "plot_all"):
-        monkeypatch.setattr(study_report, name, lambda *_: None)
+    for name in ("draw_ablations", "draw_all"):
+        monkeypatch.setattr(study_report, name, lambda *_: {})
     monkeypatch.setattr(study_report, "ablations", lambda *_: {})
     for name in ("README.md", "search.json", "generation.json", "runs.json"):
         (tmp_path / name).write_bytes((experiment.RESULTS / name).read_bytes())
