@@ -7,7 +7,7 @@
 
 What is scored is kept in docs/results (ids and margins, no titles), so a study that was cut off goes on on another
 machine. `--only 4bit/3407` runs single jobs and what they need. Several jobs share a GPU (--slots), since a small
-model leaves most of it idle. Start NVIDIA's MPS daemon first (`nvidia-cuda-mps-control -d`): without it they take turns.
+model leaves most of it idle. Start NVIDIA's MPS daemon first (`nvidia-cuda-mps-control -d`): else they take turns.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ NEGATIVES = {  # of MovieLens-100K: build_pairs.py --source ml-100k [--negatives
     "matched": "data/pairs_ml-100k_matched.jsonl",
 }
 MODEL = "--preset thesis --base_model SmolLM2-135M-Instruct-Q4_1"
-TRAINING = f"{MODEL} --effective_batch 64 --batch_size 64 --gradient_checkpointing false --warmup_steps 10 --optim adamw_8bit"
+BATCH = "--effective_batch 64 --batch_size 64 --gradient_checkpointing false"
+TRAINING = f"{MODEL} {BATCH} --warmup_steps 10 --optim adamw_8bit"
 SEEDS = range(3407, 3417)
 EPOCHS = (4, 8)
 RATES = {  # peak learning rates that the search tries, each with all EPOCHS; then it goes one step on
@@ -55,7 +57,7 @@ SCHEDULE = {
     "sft_more": "--control_learning_rate {rate} --epochs {epochs}",
     "dpo": "--learning_rate {rate} --epochs {epochs}",
 }
-SEARCHED = ("ranking_accuracy", "order_free_accuracy", "response_accuracy")  # the first decides
+SEARCHED = study_report.ACCURACIES  # the first decides
 OF_DPO = {  # name: flags of a DPO that starts from the SFT of the main study, and how many runs it has
     "dpo_from_base": ("--init base", 5),
     "dpo_with_sft_loss": ("--loss_type sigmoid+sft", 5),
@@ -88,7 +90,7 @@ def train(study: str, seed: int, flags: str, start: str = "") -> Job:
 
 
 def score(study: str, seed: int, arms: dict[str, tuple[str, str]], flags: str = "", gives: Sequence[str] = ()) -> Job:
-    """An evaluation of arms {name: (study, stage)}; its flags win over the defaults, which leave out what costs most."""
+    """An evaluation of arms {name: (study, stage)}; flags win over the defaults, which leave out what costs most."""
     name = f"{study}/{seed}/scores"
     given = " ".join(f"{arm}={adapter(of, seed, stage)}" for arm, (of, stage) in arms.items())
     line = f"evaluate_dpo.py {MODEL} --outputs {WORK}/{name} --strangers false --generate_users 0 {flags}".rstrip()
@@ -101,7 +103,7 @@ def stages_of(study: str, *stages: str) -> dict[str, tuple[str, str]]:
 
 
 def searching(name: str, trials: dict[str, list[tuple[str, int]]], best_sft: str = "") -> list[Job]:
-    """A training for each trial (rate, epochs) of an arm, and an evaluation of them; all but SFT begin from its best."""
+    """A training for each trial (rate, epochs) of an arm, and their evaluation; all but SFT start from its best."""
     jobs, seed = [], SEEDS[0]
     on = f"--pairs {WORK}/search.jsonl"
     for stage, tried in trials.items():
@@ -115,17 +117,13 @@ def searching(name: str, trials: dict[str, list[tuple[str, int]]], best_sft: str
 
 
 def further(best: dict) -> str:
-    """The learning rate to try next: beyond the best where it is the lowest or the highest, else towards its better side."""
+    """The learning rate to try next: beyond the best where that is the lowest or highest, else to its better side."""
     as_long = [trial for trial in best["trials"] if trial["epochs"] == best["epochs"]]
     row = sorted(as_long, key=lambda trial: float(trial["rate"]))
     at, rate = [trial["name"] for trial in row].index(best["name"]), float(best["rate"])
     if at in (0, len(row) - 1):
         return f"{rate * (2 if at else 0.5):.2g}"
-    return f"{(rate * float(max(row[at - 1], row[at + 1], key=worth)['rate'])) ** 0.5:.2g}"
-
-
-def worth(trial: dict) -> list[float]:
-    return [trial[measure] for measure in SEARCHED]
+    return f"{(rate * float(max(row[at - 1], row[at + 1], key=itemgetter(*SEARCHED))['rate'])) ** 0.5:.2g}"
 
 
 def study(tuned: dict[str, dict], training_pairs: int) -> list[Job]:
@@ -254,7 +252,7 @@ def search(options: argparse.Namespace) -> list[str]:
                 values = {measure: measured[trial][measure]["value"] for measure in SEARCHED}
                 known.append({"name": trial, "rate": rate, "epochs": epochs, **values})
             allowed = [found["dpo"]["epochs"]] if stage == "sft_more" else EPOCHS  # the control: as many steps as DPO
-            best = max((trial for trial in known if trial["epochs"] in allowed), key=worth)
+            best = max((trial for trial in known if trial["epochs"] in allowed), key=itemgetter(*SEARCHED))
             found[stage] = best | {"trials": known}
     write_json(RESULTS / "search.json", found)
     return []
