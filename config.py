@@ -75,7 +75,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in words: a test, an
         "max_length sft_epochs sft_learning_rate control_learning_rate epochs learning_rate beta sft_weight "
         "max_grad_norm gpu_memory_gb",
     ),
-    "of 0 or more": (lambda value: value >= 0, "seed validation_pairs warmup_steps weight_decay generate_users"),
+    "of 0 or more": (lambda value: value >= 0, "validation_pairs warmup_steps weight_decay generate_users"),
+    "of 0 or more, below 4 billion": (lambda value: 0 <= value < 4e9, "seed"),  # numpy takes 32 bits
     "of 1 or more": (
         lambda value: value >= 1,
         "lora_rank lora_alpha effective_batch batch_size eval_steps save_steps logging_steps generate_samples "
@@ -296,6 +297,8 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
     others = {*TrainingSettings.__dataclass_fields__, *EvaluationSettings.__dataclass_fields__} - fields.keys()
     for name, value in content.items():
         if name in others:
+            continue
+        if value == []:
             continue
         if value is not None or name not in fields:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -619,7 +622,8 @@ def fitting_batch_size(
     if not torch.cuda.is_available():
         fastest = max(size for size in divisors if size <= (8 if shared_prompt else 2))
         return settings.batch_size or fastest, bool(wanted), False
-    shape, parameters = model_shape(settings.base_model), empty_model(settings.base_model).num_parameters()
+    shape = model_shape(settings.base_model).get_text_config()
+    parameters = empty_model(settings.base_model).num_parameters()
     free, total = torch.cuda.mem_get_info()
     free = 0.85 * min(free, torch.cuda.get_per_process_memory_fraction() * total)
     words = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)  # not quantised

@@ -33,7 +33,7 @@ from data.display import BEING_WRITTEN, choices
 from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
-from data.measures import OF_ANSWERS, compute_metrics, generation_measures, interaction
+from data.measures import OF_ANSWERS, check_same_pairs, compute_metrics, generation_measures, interaction
 from data.pairs import ORDERS, Pair, ids_digest, preference_row, warnings_on, with_strangers
 from data.predictions import (
     ARM_NAME,
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # adapters, scores, predictions
             config.quiet_libraries()
             train, test = config.load_split(settings)
+            if others is not None:
+                tested = pd.DataFrame([(pair.pair_id, pair.user_id) for pair in test], columns=["pair_id", "user_id"])
+                check_same_pairs(tested, others)
             adapters, mismatches = find_adapters(settings, test)
             rows, answers, seconds = predict(settings, train, test, adapters)
             if config.RANK != 0:
@@ -73,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
         # measures and verdict
+        remove(folder, "metrics.json", "interaction.json", "report.md", "table.tex")
         began = time.monotonic()
         metrics = judge(compute_metrics(predictions))
         changes = interaction(predictions, others) if others is not None else {}
@@ -107,17 +111,21 @@ def write_cards(
 
 
 def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
-    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder."""
+    """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder.
+
+    What lies beside a file of another name than predictions.csv, or predictions.csv.gz, is of other predictions.
+    """
 
     def is_known(arm: str, found: Any) -> bool:  # what lies beside a predictions.csv may be somebody else's
         numbers = isinstance(found, dict) and all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)
         return numbers and bool(ARM_NAME.fullmatch(arm))
 
-    predictions, run = read_predictions(source), read_run(source.parent)
-    generation = read_json(source.with_name("generation.json"))
+    beside = source.name.removesuffix(".gz") == "predictions.csv"
+    predictions, run = read_predictions(source), read_run(source.parent) if beside else {}
+    generation = read_json(source.with_name("generation.json")) if beside else {}
     kept = {arm: found for arm, found in generation.items() if is_known(arm, found)}
     if source.resolve() != (folder / "predictions.csv").resolve():  # what lies here is of other predictions
-        (folder / RUN).unlink(missing_ok=True)
+        remove(folder, RUN)
         save(folder, predictions)
         for name, content in ((RUN, run), ("generation.json", kept)):  # or the next report would lack its mismatches
             if content:  # it may hold NaN, or half a surrogate
@@ -125,12 +133,17 @@ def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, An
     return predictions, kept, run
 
 
+def remove(folder: Path, *names: str) -> None:
+    """Remove what an earlier evaluation left in the folder, where it did."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
 def save(folder: Path, predictions: pd.DataFrame, answers: pd.DataFrame | None = None) -> dict[str, Any]:
     """Write predictions.csv and, where there are answers, generations.csv and generation.json; returns the latter."""
     write_text(folder / "predictions.csv", as_csv(predictions))
     if answers is None:
-        for name in ("generations.csv", "generation.json"):  # of an earlier evaluation
-            (folder / name).unlink(missing_ok=True)
+        remove(folder, "generations.csv", "generation.json")
         return {}
     write_text(folder / "generations.csv", answers.to_csv(index=False, lineterminator="\n"))
     generation = {arm: generation_measures(rows) for arm, rows in answers.groupby("arm", sort=False)}
@@ -169,8 +182,8 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     may lack, and beside other arms alone all may. UserError where an adapter is missing, or does not fit the base model
     or, unless that is allowed, the split.
     """
-    if len(test) < 2:
-        problem = f"{len(test)} test users are too few for an interval"
+    if (users := len({pair.user_id for pair in test})) < 2:
+        problem = f"{users} test user(s) are too few for an interval"
         raise UserError(problem, "Give more pairs, or raise --test_share.")
     texts, given = settings.adapters, {}
     if texts == ["published"]:
@@ -180,7 +193,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
             raise UserError(f"--adapters {text}", remedy)
-        given[name] = [Path(path) for path in paths.split(",")]
+        given[name] = [Path(path).expanduser() for path in paths.split(",")]
     found = {stage: config.adapters_there(settings, stage) for stage in STAGES}
     needed = () if given and not found.keys() & given.keys() else ("sft", "dpo")
     usual = {stage: there or [config.adapter_folder(settings, stage)] for stage, there in found.items()}
@@ -259,9 +272,9 @@ def predict(
         trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
-        for arm, seed, path in scored:
+        for number, (arm, seed, path) in enumerate(scored):
             if path is not None:
-                model = load_adapter(model, f"{arm}_{seed}".replace(".", "_"), path)
+                model = load_adapter(model, f"run_{number}", path)
             arm, run = arm + suffix, f"{arm}{suffix} {seed}".strip()
             with timed(seconds, f"scoring {run}"):
                 scores = score(model, trees, settings.batch_users, run)
@@ -463,7 +476,8 @@ def settings_of_results(folder: Path, training: dict[str, dict[str, Any]], outpu
     saved = next(filter(None, map(settings_of, (read_run(folder), *training.values()))), here)
     names = {field.name for field in dataclasses.fields(EvaluationSettings)} - {"preset", "outputs"}
     known = {name: saved[name] for name in names & saved.keys()}
-    settings = config.preset_settings(EvaluationSettings, saved["preset"], outputs=outputs, **known)
+    preset = saved["preset"] if saved.get("preset") in config.PRESETS else here["preset"]
+    settings = config.preset_settings(EvaluationSettings, preset, outputs=outputs, **known)
     moved = Path("data") / Path(settings.pairs).name
     found = settings.pairs if Path(settings.pairs).is_file() or not moved.is_file() else str(moved)
     return dataclasses.replace(settings, pairs=found)

@@ -176,6 +176,8 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
     while True:
         settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing, cuda_graphs=graphs)
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of an earlier stage, or of an attempt that failed
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
                 trainer = build_trainer(stage, settings, data, start, batch_size)
@@ -698,7 +700,7 @@ def check_isolation(trainer: Any, stage: str, bits: int) -> None:
     earliest = min((places[0], number) for number, places in enumerate(own) if places)[1]  # what is later may see it
     tokens = inputs["tree_tokens"].clone()
     changed = torch.tensor(own[earliest], device=tokens.device)
-    tokens.view(-1)[changed] = (tokens.view(-1)[changed] + 1) % trainer.model.config.vocab_size
+    tokens.view(-1)[changed] = (tokens.view(-1)[changed] + 1) % trainer.model.config.get_text_config().vocab_size
     found = []
     for given in (inputs["tree_tokens"], tokens):
         with torch.random.fork_rng([tokens.device.index] if tokens.is_cuda else []):
@@ -721,12 +723,14 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
     """
     path = config.reference_file(settings, start)
     known = read_json(path)
+    padded = [] if torch.cuda.is_available() else trainer.lengths  # which rounds a row's values on a CPU
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)
         if dataset is None:
             continue
         texts = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        keys = [hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:24] for row in texts]
+        rows = (json.dumps([*padded, *row.values()]) for row in texts)
+        keys = [hashlib.sha256(row.encode()).hexdigest()[:24] for row in rows]
         missing = [index for index, key in enumerate(keys) if key not in known]
         found = reference_log_probs(trainer, [texts[index] for index in missing])
         known |= {keys[index]: values for index, values in zip(missing, found, strict=True)}

@@ -1,6 +1,7 @@
 """A base model, read without its weights: can it be trained and scored here, and is it the same as another one?"""
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Base(NamedTuple):
 
 def original_name(base_model: str) -> str:
     """The 16-bit original of a base model that Unsloth stored in 4 bits; any other name is its own."""
-    return base_model.removesuffix("-bnb-4bit")
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", base_model)
 
 
 def resolved(base_model: str) -> str:

@@ -145,7 +145,7 @@ def build_pairs(
 
     pairs: list[Pair] = []
     for user, rows in tqdm(shown.groupby("user")["film"], desc="pairs", unit="user", leave=False):
-        random = np.random.default_rng([seed, int(user)])
+        random = np.random.default_rng([seed, int(user) % 2**63])  # it may be below 0
         seen = set(seen_by[user])
         first = rows.tolist()
         history = tuple(movie[film].title for film in first[:HISTORY_LENGTH])
@@ -158,7 +158,7 @@ def build_pairs(
             other = random.choice(catalogue[unseen])
             seen.add(other)  # no film is the other one of two pairs of a user
             pairs.append(Pair(history, movie[preferred], movie[other], random.choice(["A", "B"])))
-    return pairs
+    return list({pair.pair_id: pair for pair in pairs}.values())  # of two users with the same films, one
 
 
 def main() -> None:
@@ -176,6 +176,8 @@ def main() -> None:
     if options.source != "ml-100k" and not (options.source_path or (options.download and options.source == "ml-1m")):
         remedy = "Give --from DIR|ZIP, or ml-1m with --download."
         raise UserError(f"{options.source} is not in the package index", remedy)
+    if options.source == "ml-100k" and options.source_path:
+        raise UserError("ml-100k comes from the package index", "Leave out --from, or give the --source that it is.")
     if options.pairs_per_user < 1 or options.seed < 0:
         raise UserError("--pairs-per-user is below 1, or --seed below 0", "Give whole numbers of 1, and of 0, or more.")
     if output.is_dir():

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file that may be somebody else's; empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -56,6 +56,7 @@ COMPARED = (  # arms are compared by these
 )
 PROBABILITY_MEASURES = ("decision_margin", "brier_score", "calibration_error", "temperature")  # a baseline has none
 NEAR_TIE = 0.01  # nats
+FEWEST_USERS = 30  # with a kind of pair, for measures of it: intervals of fewer cover too seldom
 RUNS_FOR_METHOD = 3  # of an arm, for intervals over runs and verdicts on the method
 OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")
 Scores = dict[str, np.ndarray]  # of one run: (pairs, orders A and B) by name
@@ -128,9 +129,8 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
     Raises:
         UserError: the two are not of the same pairs, or have no lead in common.
     """
-    (pairs, users, _, here), (other_pairs, _, _, there) = map(measures_of_arms, (predictions, others))
-    if [*pairs["pair_id"]] != [*other_pairs["pair_id"]]:
-        raise UserError("the two evaluations are not of the same test pairs", "Score both on one pairs file.")
+    check_same_pairs(predictions, others)
+    (pairs, users, _, here), (_, _, _, there) = map(measures_of_arms, (predictions, others))
     found = {}
     for arm in ("sft", *sft_controls(here)):
         if {"dpo", arm} <= here.keys() & there.keys():
@@ -143,6 +143,14 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
     if not found:
         raise UserError("the two evaluations have no arms dpo and sft in common", "Give those of both trainings.")
     return found
+
+
+def check_same_pairs(*evaluations: pd.DataFrame) -> None:
+    """Raise UserError unless the rows of two evaluations are of the same pairs, and these of the same users."""
+    pairs = [rows.drop_duplicates("pair_id").sort_values("pair_id") for rows in evaluations]
+    one, other = (dict(zip(of["pair_id"], of["user_id"].factorize()[0], strict=True)) for of in pairs)
+    if one != other:
+        raise UserError("the two evaluations are not of the same test pairs and users", "Score both on one pairs file.")
 
 
 def compared_arms(arms: dict[str, Any]) -> list[tuple[str, str]]:
@@ -205,11 +213,13 @@ def measures_of_runs(
 
 
 def popularity_of(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
-    """1 for pairs of a kind, 0 for others, (pairs,), by kind; nan where it is not known."""
+    """1 for pairs of a kind, 0 for others, (pairs,), by kind; nan where it is not known, or too few users have it."""
     more = pairs["preferred_more_popular"].to_numpy()
     counts = pairs[["preferred_count", "other_count"]].to_numpy(dtype=float)
     similar = np.where(np.isnan(counts).any(axis=1), math.nan, counts.max(axis=1) <= 2 * counts.min(axis=1))
-    return {"with": (more == "true") * 1.0, "against": (more == "false") * 1.0, "similar": similar}
+    kinds = {"with": (more == "true") * 1.0, "against": (more == "false") * 1.0, "similar": similar}
+    users = {kind: pairs.loc[among == 1, "user_id"].nunique() for kind, among in kinds.items()}
+    return {kind: among if users[kind] >= FEWEST_USERS else among * math.nan for kind, among in kinds.items()}
 
 
 def run_measures(scores: Scores, popular: dict[str, np.ndarray], users: np.ndarray) -> dict[str, tuple]:

@@ -312,7 +312,7 @@ def _parse_line(line: bytes) -> Pair:
     if not all(options.values()):
         raise PairsError("the input is not 'History: t1, ..., t5. Option A: T (g|g). Option B: T (g|g).'")
     history = tuple(_BETWEEN_TITLES.split(parts["history"]))
-    if len(history) != HISTORY_LENGTH:
+    if len(history) != HISTORY_LENGTH or not _YEAR.search(history[-1]):
         raise PairsError(f"the history has {len(history)} film(s) and not {HISTORY_LENGTH}; a title ends in its (year)")
     films = {order: Movie(option["title"], tuple(option["genres"].split("|"))) for order, option in options.items()}
     if max(map(len, (*history, films["A"].title, films["B"].title))) > LONGEST_TITLE:

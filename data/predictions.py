@@ -1,6 +1,7 @@
 """The rows of predictions.csv and generations.csv: make, read, check. docs/metrics.md describes their columns."""
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
         else:
             predictions = completed(predictions)
             problem = problem_of(predictions)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}", REMEDY) from None
     if problem:
         raise UserError(f"{path} {problem}", REMEDY)

@@ -157,11 +157,13 @@ class Lineage(NamedTuple):
 
 def lineage(folder: Path) -> Lineage:
     """Where the adapter in a folder comes from, by its run.json."""
-    run = read_run(folder)
-    beta, seen = settings_of(run).get("beta"), float(pairs_seen(folder) or math.nan)
-    if run.get("stage") != "dpo" or not isinstance(beta, int | float):
+    run, seen = read_run(folder), float(pairs_seen(folder) or math.nan)
+    if run.get("stage") != "dpo":
         return Lineage(pairs_seen=seen)
-    return Lineage("sft" if run.get("initial_adapter") else "base", float(beta), seen)
+    settings = settings_of(run)
+    beta, loss = settings.get("beta"), settings.get("loss_type", "sigmoid")
+    known = isinstance(beta, int | float) and loss in ("sigmoid", "sigmoid+sft")  # others define no probability
+    return Lineage("sft" if run.get("initial_adapter") else "base", float(beta) if known else math.nan, seen)
 
 
 def rows_in(steps: int, rows: int, batch: int) -> int:
@@ -189,11 +191,12 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
         trained = {found for run in runs if isinstance(found := settings_of(run).get("bits"), int)} - {bits}
         read_in = f"is read here on weights in {bits}"
         notes += [f"{arm} was trained on weights in {other} bits and {read_in}" for other in sorted(trained)]
-        starts = {run.get("initial_adapter_sha256") for run in runs} - {None}
-        sfts = adapters.get("sft", {}).values() if starts else ()
-        beside = {read_run(sft).get("copy_of_sha256") or file_sha256(sft / WEIGHTS) for sft in sfts}
-        if arm == "dpo" and beside and not starts <= beside:
-            notes.append("dpo began with another SFT adapter than the arm sft")
+        starts = {seed: run.get("initial_adapter_sha256") for seed, run in zip(folders, runs, strict=True)}
+        sfts = adapters.get("sft", {}) if arm == "dpo" and any(starts.values()) else {}
+        sfts = {seed: read_run(sft).get("copy_of_sha256") or file_sha256(sft / WEIGHTS) for seed, sft in sfts.items()}
+        only = next(iter(sfts.values())) if len(sfts) == 1 else None
+        if sfts and any(start and start != sfts.get(seed, only) for seed, start in starts.items()):
+            notes.append("dpo began with another SFT adapter than the run of sft that it is referred to")
     return notes
 
 

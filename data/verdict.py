@@ -100,10 +100,10 @@ def conclusion(metrics: dict[str, Any]) -> str:
         text = f"{dpo} {SAYS[first]} {sft}. No control was trained{', so more training may gain as much' * gains}."
     elif first == second:
         word = "or" if first == "INCONCLUSIVE" else "and"
-        text = f"{dpo} {SAYS[first]} SFT {word} {longer(metrics['control'])}."
+        text = f"{dpo} {SAYS[first]} SFT {word} {longer(metrics)}."
     else:
         link = "but" if (first in BETTER) != (second in BETTER) else "and"
-        text = f"{dpo} {SAYS[first]} SFT, {link} {SAYS[second]} {longer(metrics['control'])}."
+        text = f"{dpo} {SAYS[first]} SFT, {link} {SAYS[second]} {longer(metrics)}."
         text += " So more training may explain its lead." * gains
     return text[0].upper() + text[1:]
 
@@ -112,8 +112,10 @@ def listed(names: list[str], last: str) -> str:
     return f" {last} ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def longer(control: str | None) -> str:
-    return "continued SFT" if control == "sft_more" else "longer SFT"
+def longer(metrics: dict[str, Any]) -> str:
+    """The control in words; that of a DPO from the base model begins there, too, and continues no SFT."""
+    continued = metrics["control"] == "sft_more" and metrics["arms"]["dpo"]["reference"] != "base"
+    return "continued SFT" if continued else "longer SFT"
 
 
 def sentence(metrics: dict[str, Any], model: str = "") -> str:
@@ -133,7 +135,7 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
     )
     if control:
         as_dpo = "as many pairs as DPO; " if pairs_seen(control, arms) == "as many pairs" else ""
-        name = longer(control) + ("" if control in KINDS else f" ({control})")
+        name = longer(metrics) + ("" if control in KINDS else f" ({control})")
         text += f" The control, {name}, reached {accuracy[control]} ({as_dpo}{runs_text(arms, control)})."
         text += f" DPO minus the control is {spoken(comparisons[f'dpo - {control}'])}."
     text += f" {metrics['conclusion']}"

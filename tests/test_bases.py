@@ -115,6 +115,7 @@ def test_a_folder_without_all_of_its_weights_is_told(tmp_path):
 def test_two_spellings_of_one_base_model_are_one(tmp_path, monkeypatch):
     llama = "unsloth/llama-3-8b"
     assert original_name("unsloth/llama-3-8b-bnb-4bit") == base_key("meta-llama/Meta-Llama-3-8B") == llama
+    assert original_name("unsloth/Llama-3.2-1B-unsloth-bnb-4bit") == "unsloth/Llama-3.2-1B", "Unsloth's dynamic one"
     (tmp_path / "tiny").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from data import build_pairs as script
 from data.build_pairs import build_pairs, read_movielens
 from data.errors import UserError
 from data.files import file_sha256
-from data.pairs import load_pairs
+from data.pairs import load_pairs, write_pairs
 
 FILMS = pd.DataFrame(
     {"film": range(40), "title": [f"Film {film} ({1950 + film})" for film in range(40)], "genres": [["Drama"]] * 40}
@@ -34,6 +34,14 @@ def test_history_is_the_first_five_by_time_then_id_and_the_sixth_is_preferred():
     assert [number(title) for title in pair.history] == [9, 7, 8, 6, 4]
     assert number(pair.preferred.title) == 5
     assert number(pair.other.title) in (20, 21)
+
+
+def test_users_of_the_same_films_and_of_ids_below_0_make_a_file_that_can_be_read(tmp_path):
+    ratings = pd.concat([ratings_of(user, list(range(6))) for user in range(-9, 30)] + [ratings_of(99, [20, 21])])
+    pairs = build_pairs(ratings, FILMS)
+    assert len(pairs) == 2, "the other film is one of two"
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert load_pairs(tmp_path / "pairs.jsonl") == pairs
 
 
 def test_min_rating_and_pairs_per_user():
@@ -110,6 +118,7 @@ def test_the_command_writes_a_pairs_file(ml_1m, tmp_path):
         (["--seed", "-1"], "--seed below 0"),
         (["--min-rating", "6"], "no user has 6 films of a rating of 6.0 or more"),
         (["--output", str(tmp_path)], "is a folder"),
+        (["--source", "ml-100k"], "ml-100k comes from the package index"),
     ):
         refused = subprocess.run([*command, "--from", ml_1m, *wrong], capture_output=True, text=True)
         assert (refused.returncode, refused.stdout) == (2, "") and problem in refused.stderr, wrong

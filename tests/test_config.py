@@ -88,7 +88,7 @@ def test_a_settings_file_overrides_the_preset_and_a_flag_overrides_the_file(tmp_
 
 def test_a_settings_file_may_stand_anywhere_and_serve_both_scripts(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
-    path.write_text("preset: small\nbeta: 0.5\nbatch_users: 3\n")
+    path.write_text("preset: small\nbeta: 0.5\nbatch_users: 3\nadapters: []\n")
     assert parse_settings(EvaluationSettings, [str(path)]).batch_users == 3
     for flags in (["--seed", "1", str(path)], ["--check", str(path)], [str(path), "--seed=1"]):
         assert parse_settings(TrainingSettings, flags).beta == 0.5

@@ -295,7 +295,7 @@ def test_no_setting_is_documented_that_is_not_there():
 
 def test_the_table_of_simulated_studies_is_that_of_the_committed_results():
     records = json.loads(read("docs/results/simulation.json"))
-    assert read("docs/results/simulation.md") == simulation.INTRODUCTION + simulation.table(records)
+    assert read("docs/results/simulation.md") == simulation.page(records)
     of_method = [record for record in records if record["on the method"]]
     assert len(of_method) > 20 and all(record["on the method"] == (min(record["runs"]) >= 3) for record in records)
     for record in of_method:

@@ -1,6 +1,7 @@
 """Scores, adapters, generated answers, and an evaluation from end to end."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -217,7 +218,9 @@ def test_the_published_adapters_are_scored_when_asked_for(trained, tmp_path, mon
     assert written == [own], "published cards have the measures of the study"
 
 
-def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated, no_figures, tmp_path, capsys):
+def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(
+    evaluated, no_figures, tmp_path, monkeypatch, capsys
+):
     predictions = Path(evaluated.outputs) / "evaluation" / "predictions.csv"
     rows = pd.read_csv(predictions, dtype={"seed": str}, keep_default_na=False)
     rows.loc[rows["arm"] == "dpo", "decision_margin"] = 9.0  # always right
@@ -231,6 +234,42 @@ def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(evaluated
     assert "points, here minus " in (tmp_path / "evaluation" / "report.md").read_text()
     with pytest.raises(UserError, match="cannot read"):
         evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "none.csv")])
+    evaluate_dpo.main(flags)
+    assert not (tmp_path / "evaluation" / "interaction.json").exists(), "it was of an earlier comparison"
+    monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("after minutes of scoring"))
+    rows[rows["pair_id"] != rows["pair_id"].iloc[0]].to_csv(tmp_path / "other.csv", index=False)
+    scoring = ["--preset", "small", "--pairs", evaluated.pairs, "--test_share", "0.3", "--outputs", evaluated.outputs]
+    with pytest.raises(UserError, match="not of the same test pairs and users"):
+        evaluate_dpo.main([*scoring, "--compare_with", str(tmp_path / "other.csv")])
+
+
+def test_what_lies_beside_predictions_of_another_name_is_not_theirs(evaluated, no_figures, tmp_path):
+    made = Path(evaluated.outputs) / "evaluation"
+    answers = dict.fromkeys(OF_ANSWERS, 1.0)
+    for name, known in (("predictions.csv", True), ("predictions_16bit.csv", False)):
+        here = tmp_path / name
+        here.mkdir()
+        (here / name).write_bytes((made / "predictions.csv").read_bytes())
+        (here / "run.json").write_bytes((made / "run.json").read_bytes())
+        (here / "generation.json").write_text(json.dumps({"sft": answers}))
+        place = ["--preset", "small", "--outputs", str(here / "again")]
+        evaluate_dpo.main([*place, "--from_predictions", str(here / name)])
+        for file in ("run.json", "generation.json"):
+            assert (here / "again" / "evaluation" / file).exists() == known, (name, file)
+
+
+def test_arms_of_similar_names_have_each_its_own_adapter(mine, monkeypatch, tmp_path):
+    """PEFT takes no dot in a name: b0.1 and b0_1 would be one, with the first one's alpha."""
+    _, flags = mine
+    dpo = adapter_of(flags)
+    other = shutil.copytree(dpo, tmp_path / "other")
+    about = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(about | {"lora_alpha": 64 * about["lora_alpha"]}))
+    settings = config.parse_settings(EvaluationSettings, flags)
+    train, test = config.load_split(settings)
+    rows, _, _ = evaluate_dpo.predict(settings, train, test, {"b0.1": {"1": dpo}, "b0_1": {"1": other}})
+    margins = {arm: part["decision_margin"].to_numpy() for arm, part in rows.groupby("arm")}
+    assert not np.allclose(margins["b0.1"], margins["b0_1"], atol=1e-3)
 
 
 def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tmp_path, capsys):
@@ -334,10 +373,12 @@ def test_one_arm_of_several_seeds(trained, tmp_path):
 
 
 def test_one_test_user_is_too_few(flags, monkeypatch):
-    monkeypatch.setattr(config, "load_split", lambda settings: (make_pairs(5), make_pairs(1)))
-    problem = "1 test users are too few for an interval\nGive more pairs, or raise --test_share"
-    with pytest.raises(UserError, match=problem):
-        evaluate_dpo.main(flags)
+    two = [dataclasses.replace(pair, user="one") for pair in make_pairs(2)]
+    problem = r"1 test user\(s\) are too few for an interval\nGive more pairs, or raise --test_share"
+    for test in (make_pairs(1), two):
+        monkeypatch.setattr(config, "load_split", lambda settings, test=test: (make_pairs(5), test))
+        with pytest.raises(UserError, match=problem):
+            evaluate_dpo.main(flags)
 
 
 def test_evaluation_without_adapters_says_how_to_make_them(flags):

@@ -43,7 +43,7 @@ def test_somebodys_json_is_an_object_or_empty(tmp_path):
     assert read_json(path) == {}, "there is none"
     write_json(path, {"arm": "é", "seeds": [1]})
     assert read_json(path) == {"arm": "é", "seeds": [1]}
-    for content in (b"[1]", b"3", b"{", b"\xff", b""):
+    for content in (b"[1]", b"3", b"{", b"\xff", b'{"a":' * 99_999, b""):
         path.write_bytes(content)
         assert read_json(path) == {}
     with pytest.raises(ValueError, match="nan"):

@@ -76,14 +76,15 @@ def test_the_temperature_is_the_one_that_makes_probabilities_true():
 
 
 def test_popularity_and_personalisation_measures():
-    decision = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [2.0, 2.0]])
-    stranger = np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0], [-2.0, -2.0]])
+    decision = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [2.0, 2.0]]).repeat(30, axis=0)
+    stranger = np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0], [-2.0, -2.0]]).repeat(30, axis=0)
     own = predictions_of(sft=decision, **{"sft@16bit": -decision})
     rows = pd.concat([own, predictions_of(sft=stranger).assign(history="stranger")])
     rows = rows.assign(user_id=rows["pair_id"], preferred_count=0, other_count=0)
     order = own["pair_id"].unique()  # the more popular, the less popular twice, as popular
-    for pair, counts in zip(order, ((3, 1), (1, 2), (1, 5), (4, 4)), strict=True):
-        rows.loc[rows["pair_id"] == pair, ["preferred_count", "other_count"]] = counts
+    for number, counts in enumerate(((3, 1), (1, 2), (1, 5), (4, 4))):
+        of = rows["pair_id"].isin(order[30 * number : 30 * number + 30])
+        rows.loc[of, ["preferred_count", "other_count"]] = counts
     arms = compute_metrics(completed(rows))["arms"]
     found = {name: measure["value"] for name, measure in arms["sft"].items() if name in MEASURES}
     assert found["accuracy_with_popularity"] == 100
@@ -92,6 +93,9 @@ def test_popularity_and_personalisation_measures():
     assert found["accuracy_similar_popularity"] == 75, "1 and 2, 4 and 4"
     assert found["personalisation_gap"] == pytest.approx(100 * (0.5 + 0 + 0 + 1) / 4)
     assert arms["sft@16bit"]["precision_consistency"]["value"] == 0
+    few = compute_metrics(completed(rows[rows["pair_id"] != order[0]]))["arms"]["sft"]
+    assert few["accuracy_with_popularity"]["value"] is None, "29 users: an interval would cover too seldom"
+    assert few["accuracy_against_popularity"]["value"] == 25
 
 
 def test_dpo_is_measured_by_its_own_probability_against_its_reference():

@@ -209,6 +209,7 @@ def test_a_pair_of_ones_own_is_checked_as_a_line_of_a_file():
     for wrong, problem in [
         ((history[:4], ("X (1991)", "War"), ("Y (1992)", "War")), "the history has 4 film"),
         ((["no year", *history[1:]], ("X (1991)", "War"), ("Y (1992)", "War")), "a title ends in its"),
+        (([*history[1:], "no year"], ("X (1991)", "War"), ("Y (1992)", "War")), "a title ends in its"),
         ((history, ("X (1991)", "War"), ("X (1991)", "Drama")), "are the same film"),
         ((history, ("X (1991)", ""), ("Y (1992)", "Drama")), "the input is not"),
     ]:

@@ -1,5 +1,7 @@
 """Rows of predictions.csv and of generations.csv."""
 
+import gzip
+
 import pytest
 from conftest import make_pairs
 
@@ -40,6 +42,14 @@ def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem)
     path.write_text(content)
     with pytest.raises(UserError, match=problem):
         read_predictions(path)
+
+
+def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path):
+    whole = gzip.compress(WHOLE.encode())
+    for broken in (whole[:-9], whole[:12] + bytes(9) + whole[21:]):
+        (tmp_path / "p.csv.gz").write_bytes(broken)
+        with pytest.raises(UserError, match="cannot read"):
+            read_predictions(tmp_path / "p.csv.gz")
 
 
 def test_both_versions_are_read_and_written_as_they_are(tmp_path):

@@ -1,6 +1,8 @@
 """What run.json of a training run says, and what is noted of runs that are compared."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,9 @@ def test_where_a_run_comes_from_is_read_from_it(tmp_path):
     run = {"stage": "dpo", "settings": {"beta": 0.1}, "pairs_seen": 50}
     assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=str(sft))) == ("sft", 0.1, 50)
     assert lineage(run_in(tmp_path / "dpo", **run, initial_adapter=None)) == ("base", 0.1, 50)
-    assert lineage(run_in(tmp_path / "dpo", **run | {"settings": {"beta": "much"}}))[::2] == ("", 50)
+    for unknown in ({"beta": "much"}, {"beta": 0.1, "loss_type": "ipo"}):  # IPO defines no probability
+        reference, beta, seen = lineage(run_in(tmp_path / "dpo", **run | {"settings": unknown}))
+        assert (reference, seen) == ("base", 50) and math.isnan(beta), unknown
 
 
 @pytest.mark.parametrize(("arm", "stage"), [("sft", "dpo"), ("sft_long", "dpo"), ("dpo", "sft"), ("dpo", "sft_more")])
@@ -155,9 +159,12 @@ def test_what_dpo_began_with_is_noted(mine):
     assert len(mismatches) == 2 and "dpo_4bit_final began with an adapter without run.json" in mismatches[1]
     assert json.loads((dpo / "run.json").read_text())["initial_adapter_known"] is False
     train_dpo.main([*training, "--stage", "sft", "--seed", "8", "--restart", "true"])
-    assert notes_on(adapters, 4) == ["dpo began with another SFT adapter than the arm sft"]
+    assert notes_on(adapters, 4) == ["dpo began with another SFT adapter than the run of sft that it is referred to"]
     assert notes_on({"dpo": {"1": dpo}}, 4) == []
     started = json.loads((dpo / "run.json").read_text())["initial_adapter_sha256"]
     run = json.loads((sft / "run.json").read_text())
+    other = shutil.copytree(sft, sft.parent / "again" / sft.name)
     (sft / "run.json").write_text(json.dumps(run | {"copy_of_sha256": started}))  # as of the published adapters
     assert notes_on(adapters, 4) == []
+    assert notes_on(adapters | {"sft": {"1": sft, "2": other}}, 4) == []
+    assert len(notes_on(adapters | {"sft": {"1": other, "2": sft}}, 4)) == 1, "dpo is referred to the SFT of its seed"

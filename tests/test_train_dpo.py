@@ -731,6 +731,8 @@ def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_fl
     assert asked[0] > 0 and asked[1] > 0 and asked[2:] == [0, 0], "other beta, rate and seed find them there"
     train_dpo.main([*flags, "--init", "sft", "--stage", "dpo", "--restart", "true"])
     assert asked[4:] == asked[:2], "another reference"
+    train_dpo.main([*flags, "--init", "sft", "--stage", "dpo", "--max_pairs", "6", "--restart", "true"])
+    assert asked[6:] == [12, asked[1]], "rows of another padded length, which rounds them otherwise on a CPU"
 
 
 def test_the_shared_trainer_is_never_silently_another(training_flags, monkeypatch, capsys):

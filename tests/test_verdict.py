@@ -106,8 +106,12 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     ],
 )
 def test_what_both_verdicts_say(first, second, says):
-    about = {"arms": {arm: {"pairs_seen": 4.0} for arm in ("sft", "sft_more", "dpo")}, "control": "sft_more"}
-    assert says in conclusion(about | {"scope": "method", "verdict": first, "control_verdict": second})
+    arms = {arm: {"pairs_seen": 4.0, "reference": "sft"} for arm in ("sft", "sft_more", "dpo")}
+    about = {"arms": arms, "control": "sft_more"}
+    about |= {"scope": "method", "verdict": first, "control_verdict": second}
+    assert says in conclusion(about)
+    arms["dpo"]["reference"] = "base"  # where the control begins, too
+    assert says.replace("continued", "longer") in conclusion(about)
 
 
 def test_a_difference_shows_on_which_side_of_0_and_of_a_point_its_bounds_lie():
@@ -159,7 +163,7 @@ def test_fewer_than_100_users_give_no_sentence_to_quote():
 @pytest.mark.parametrize("over_control", [*SAYS, NO_CONTROL])
 def test_what_follows_is_said_in_short_sentences_with_a_capital(over_sft, over_control):
     about = {"verdict": f"{over_sft} (these adapters)", "control_verdict": over_control, "control": "sft_more"}
-    arms = {"sft": {"pairs_seen": 1}, "dpo": {"pairs_seen": 4, "seeds": 2}}
+    arms = {"sft": {"pairs_seen": 1}, "dpo": {"pairs_seen": 4, "seeds": 2, "reference": "sft"}}
     text = conclusion(about | {"scope": "adapters", "arms": arms})
     assert text[0].isupper() and text.endswith(".") and "{" not in text
     assert max(len(part.split()) for part in text.split(". ")) <= 30
@@ -254,9 +258,9 @@ def test_an_arm_loses_to_a_baseline_only_where_the_interval_says_so():
 
 
 def test_chance_against_popularity_is_told():
-    popular = np.arange(60) % 3 > 0
+    popular = np.arange(90) % 3 > 0
     follows = np.repeat(np.where(popular, 1.0, -1.0)[:, None], 2, axis=1)
-    rows = predictions_of(sft=follows, dpo=np.ones((60, 2)))
+    rows = predictions_of(sft=follows, dpo=np.ones((90, 2)))
     margins = np.tile(rows[rows["arm"] == "sft"]["decision_margin"], 2)
     rows["preferred_more_popular"] = [str(bool(margin > 0)).lower() for margin in margins]
     told = [text for text in judged(rows)["caveats"] if "less popular film is the right one" in text]

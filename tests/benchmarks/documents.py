@@ -48,7 +48,7 @@ def answer() -> str:
     depends = "depends" if more["low"] > 0 or more["high"] < 0 else "is not shown to depend"
     compared, models = metrics["comparisons"], ("sft", control, "dpo")
     behind, learned = ([arm for arm in models if compared[f"{arm} - {one}"]["high"] < 0] for one in ("popularity", "learned"))
-    names = {"sft": "SFT", control: longer(control), "dpo": "DPO"}
+    names = {"sft": "SFT", control: longer(metrics), "dpo": "DPO"}
     below = f", {listed([names[arm] for arm in behind], 'and')} rank below it" if behind[1:] else ""
     counts = ", and a logistic regression on counts and years beats them all" if learned == [*models] else ""
     lines = (

@@ -115,8 +115,8 @@ def measured(right: np.ndarray, user_of: np.ndarray) -> measures.Measured:
     return measures.Measured(seeds, np.array(values), by_user, 0.0, True)
 
 
-def table(records: list[dict]) -> str:
-    """The records as Markdown."""
+def page(records: list[dict]) -> str:
+    """The records as Markdown, with what a reader must know."""
     shares = ("coverage", "false SUPPORTED", "false NOT SUPPORTED", *VERDICTS)
     heads = ["case", "runs", "spread", "true difference", "verdict on", "mean width", "covers", *shares[1:]]
     rows = [heads, ["---"] * len(heads)]
@@ -125,7 +125,8 @@ def table(records: list[dict]) -> str:
         scope = {0: "these adapters", 1: "the method"}[record["on the method"]]
         about = [record["case"], runs, record["spread_of_runs"], record["true_difference"], scope, record["mean_width"]]
         rows.append([*map(str, about), *(f"{100 * record[name]:.1f}" for name in shares)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    introduction = INTRODUCTION.format(studies=records[0]["studies"], error=100 * records[0]["coverage_error"])
+    return introduction + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:
@@ -137,9 +138,8 @@ def main() -> None:
     for case in CASES:
         records.append(simulate(*case, options.studies))
         print(json.dumps(records[-1]), flush=True)
-    introduction = INTRODUCTION.format(studies=options.studies, error=100 * records[0]["coverage_error"])
     options.results.write_text(json.dumps(records, indent=1) + "\n")
-    options.results.with_suffix(".md").write_text(introduction + table(records))
+    options.results.with_suffix(".md").write_text(page(records))
 
 
 if __name__ == "__main__":
