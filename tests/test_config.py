@@ -49,6 +49,7 @@ def test_thesis_preset_is_the_experiment_of_the_thesis():
         (["--test_share", "1"], "Give --test_share a value between 0 and 1"),
         (["--max_steps", "0"], "Give --max_steps a value of 1 or more, or -1"),
         (["--max_pairs", "1"], "Give --max_pairs a value of 2 or more"),
+        (["--seed", "5000000000"], "Give --seed a value of 0 or more, below 4 billion"),
         (["--warmup_steps", "-1"], "Give --warmup_steps a value of 0 or more"),
         (["--bits", "3"], "--bits: invalid choice: '3'"),
         (["--preset", "large"], "--preset: invalid choice: 'large'"),
