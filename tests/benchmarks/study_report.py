@@ -160,8 +160,11 @@ def draw_ablation(
 # ------------------------------------------------------------------------------------------------------- tables
 
 OF_TABLE = {  # table: measures of the main study, or of the ablation of that name
-    "also": ("popularity_balanced_accuracy", "accuracy_against_popularity", "personalisation_gap"),
-    "calibration": ("calibration_error", "dpo_calibration_error", "dpo_temperature"),
+    "also": (
+        *("accuracy_with_popularity", "accuracy_against_popularity", "popularity_balanced_accuracy"),
+        "personalisation_gap",
+    ),
+    "calibration": ("calibration_error", "temperature", "dpo_calibration_error", "dpo_temperature"),
     "displacement": ("chosen_change", "rejected_change"),
     "read_in_16": ("ranking_accuracy", "order_free_accuracy", "position_bias", "precision_consistency"),
     "transfer": ("ranking_accuracy", "order_free_accuracy"),
@@ -183,6 +186,7 @@ def tables(results: Path) -> dict[str, str]:
         "cost": cost_table(runs),
     }
     made |= {name: measures_table(measured[name], shown) for name, shown in OF_TABLE.items() if name in measured}
+    made["displacement"] += runs_between(metrics["arms"]["dpo"])
     for name, figure in FIGURES.items():
         made[name] += f"\n\n![{CAPTIONS[figure]}]({figure}.png)"
     drawn = [DRAWN.format(title=title, file=figure_name(title)) for title in (*panels(found), READ)]
@@ -203,6 +207,13 @@ def measures_table(metrics: dict[str, Any], names: Iterable[str]) -> str:
     known = cells != "-"
     cells = cells.loc[known.any(axis=1), known.any()]
     return markdown(["arm", *cells], cells.itertuples())
+
+
+def runs_between(dpo: dict[str, Any]) -> str:
+    """The lowest and the highest run of DPO in each measure of displacement; "" where it has none."""
+    known = {name: dpo[name]["runs"].values() for name in OF_TABLE["displacement"] if "runs" in dpo[name]}
+    spans = [f"{name.partition('_')[0]} {min(runs):.2f} to {max(runs):.2f}" for name, runs in known.items()]
+    return f"\n\nLowest and highest run of DPO, in nats: {', '.join(spans)}." if spans else ""
 
 
 def runs_table(precisions: dict[int, dict[str, Any]]) -> str:
