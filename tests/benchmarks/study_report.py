@@ -11,11 +11,12 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from data.baselines import BASELINES
 from data.figures import CAPTIONS, GREY, LINES, STYLE, arm_name, arm_styles, draw_all, new_figure, sample_text, spread
 from data.files import read_json, write_json, write_text
 from data.measures import compute_metrics, interaction, wins
 from data.predictions import COLUMNS, completed, read_predictions
-from data.report import differences, half_interval, heading, headline, table_cells
+from data.report import cell, differences, half_interval, heading, headline, table_cells
 from data.verdict import interval_text, judge, rounded
 
 MAIN = {"4bit": "predictions.csv.gz", "16bit": "predictions_16bit.csv.gz"}
@@ -180,6 +181,7 @@ def tables(results: Path) -> dict[str, str]:
         "main": f"```text\n{headline(metrics)}\n\n{differences(metrics)}\n```",
         "runs": runs_table({4: metrics, 16: second}),
         "shortcut": shortcut_table(results),
+        "baselines": baselines_table(found),
         "ablations": ablations_table(found),
         "search": search_table(tried),
         "answers": answers_table(answers),
@@ -247,6 +249,16 @@ def shortcut_table(results: Path) -> str:
     return markdown(["arm", "A is always right, %", "both orders, %"], rows)
 
 
+def baselines_table(found: dict[str, Any]) -> str:
+    """Baselines on test users of MovieLens-100K; they are the same, whatever the models beside them trained on."""
+    names, rows = [name for name in BASELINES if name != "always A"], []
+    for tested in ("random", "matched"):
+        if one := found.get(f"negatives_random_on_{tested}"):
+            cells = (cell(one["arms"][name]["ranking_accuracy"], "%") for name in names)
+            rows.append([tested, one["users"], *cells])
+    return markdown(["negatives", "test users", *(f"{name} %" for name in names)], rows)
+
+
 def ablations_table(found: dict[str, Any]) -> str:
     shown, rows = [*product(ACCURACIES, ("sft", "dpo"))], []
     for title, (_, there) in panels(found).items():
@@ -299,6 +311,10 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
         "`@16bit` is the same adapter on 16-bit weights; the last three runs of the main study.",
     ),
     "transfer": ("Transfer", "Adapters of the main study on users of MovieLens-100K: its last three runs."),
+    "baselines": (
+        "Baselines on MovieLens-100K",
+        "Ranking accuracy. Each row has its own test users, and baselines learn from pairs with the same negatives.",
+    ),
     "ablations": (
         "Ablations",
         "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K "
