@@ -35,8 +35,8 @@ PANELS = {  # figure and rows of the table: {value: study}
     "learning rate of DPO": {"× 1": MAIN_STUDY, "× 3.2": "dpo_rate_3.2"},
     "start of DPO": {"SFT": MAIN_STUDY, "base": "dpo_from_base"},
     "epochs of SFT": {"× 1": MAIN_STUDY, "× 2": "sft_x2"},
-    "pairs, as many passes": {"128": "pairs_128_passes", "1,024": "pairs_1024_passes", "all": MAIN_STUDY},
-    "pairs, as many steps": {"128": "pairs_128_steps", "1,024": "pairs_1024_steps", "all": MAIN_STUDY},
+    "pairs, same epochs": {"128": "pairs_128_passes", "1,024": "pairs_1024_passes", "all": MAIN_STUDY},
+    "pairs, same steps": {"128": "pairs_128_steps", "1,024": "pairs_1024_steps", "all": MAIN_STUDY},
     "option order in training": {"balanced": MAIN_STUDY, "both": "order_both", "as in the file": "order_original"},
     "negatives: trained on, tested on": {
         f"{trained}, {tested}": f"negatives_{trained}_on_{tested}"
@@ -323,10 +323,15 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     ),
     "search": (
         "Search",
-        "Trials of one run, on training users held back. The control's best is among trials as long as DPO's.",
+        "Trials of one run, on training users held back. "
+        "For the control, only trials of as many epochs as DPO's choice compete.",
     ),
     "answers": ("Generated answers", "The first run: 100 users, five answers each at temperature 0.7."),
-    "cost": ("Cost", "Minutes of all jobs, added up; several shared a GPU. `of_dpo` scores all variants of DPO."),
+    "cost": (
+        "Cost",
+        "Minutes of the published jobs, added up, without the search; several shared a GPU. "
+        "`of_dpo` scores all variants of DPO.",
+    ),
 }
 
 
