@@ -124,6 +124,18 @@ def test_an_ablation_shows_every_value_with_its_interval_and_marks_the_study_s_o
     assert [round(place) for place in dpo.lines[0].get_xdata()] == [1]
 
 
+def test_an_arm_that_is_one_result_at_all_values_is_a_band_and_chance_is_drawn_where_it_is_near():
+    sft, dpo = {"value": 80.0, "low": 78.0, "high": 82.0}, {"value": 60.0, "low": 54.0, "high": 66.0}
+    points = {"0.1": {"sft": sft, "dpo": sft}, "0.2": {"sft": sft, "dpo": dpo}}
+    [axis] = study_report.draw_ablation(points, None, "beta", "").axes
+    [band], [bars] = axis.patches, axis.containers
+    assert (band.get_y(), band.get_height(), bars.get_label()) == (78, 4, "DPO")
+    assert {line.get_label(): line.get_ydata()[0] for line in axis.lines[:2]} == {"chance": 50, "SFT": 80}
+    points["0.2"]["dpo"] = dpo | {"low": 55.0}
+    [axis] = study_report.draw_ablation(points, None, "beta", "").axes
+    assert "chance" not in {line.get_label() for line in axis.lines}
+
+
 def test_what_the_report_says_of_bits_is_4_minus_16(tmp_path, monkeypatch):
     for name in ("draw_ablations", "draw_all"):
         monkeypatch.setattr(study_report, name, lambda *_: {})

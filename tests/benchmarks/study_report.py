@@ -135,21 +135,30 @@ def draw_ablation(
 ) -> Figure:
     """Arms over the values of one setting, with their 95% intervals; the study's own value is shaded and named.
 
+    An arm that is one and the same result at all values is a line with a band.
+
     Args:
         points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
         caption: how many users and runs they are from.
     """
     long = sum(map(len, points)) + 2 * len(points) > 44  # characters that fit beside each other
     figure, [[axis]] = new_figure(3 if long else 2.4)
-    for arm, shape, shift in (("sft", "s", -0.07), ("dpo", "o", 0.07)):
-        shown = {place + shift: found[arm] for place, found in enumerate(points.values()) if arm in found}
-        if shown:
-            values, error = [found["value"] for found in shown.values()], [*map(spread, shown.values())]
-            look = {"fmt": shape, "markersize": 4, "label": arm_name(arm)} | LINES | arm_styles([arm])[arm]
-            axis.errorbar([*shown], values, yerr=np.hstack(error), **look)
     if default:
         place = [*points].index(default)
         axis.axvspan(place - 0.4, place + 0.4, color="0.93", linewidth=0, zorder=0)
+    if any(found["low"] < 55 for arms in points.values() for found in arms.values()):
+        axis.axhline(50, color="0.8", linewidth=0.8, label="chance", zorder=0)
+    apart = 0.07
+    for arm, shape, side in (("sft", "s", -1), ("dpo", "o", 1)):
+        shown = {place: found[arm] for place, found in enumerate(points.values()) if arm in found}
+        found, look = [*shown.values()], {"label": arm_name(arm)} | LINES | arm_styles([arm])[arm]
+        if len(found) == len(points) > 1 and all(one == found[0] for one in found):
+            axis.axhline(found[0]["value"], color=look["color"], linewidth=1, label=look["label"], zorder=1)
+            axis.axhspan(found[0]["low"], found[0]["high"], color=look["color"], alpha=0.15, linewidth=0, zorder=0)
+            apart = 0  # nothing to stand beside
+        elif found:
+            error, places = np.hstack([*map(spread, found)]), [place + side * apart for place in shown]
+            axis.errorbar(places, [one["value"] for one in found], yerr=error, fmt=shape, markersize=4, **look)
     labels = [f"{label}\n(study)" if label == default else label for label in points]
     axis.set(xticks=range(len(points)), xlim=(-0.5, len(points) - 0.5), xlabel=setting, ylabel="ranking accuracy, %")
     axis.set_xticklabels(labels, **({"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}))
