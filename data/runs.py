@@ -222,8 +222,8 @@ def learning_rate(run: dict[str, Any]) -> float | None:
 
 def training_runs(results: Path) -> dict[str, dict[str, Any]]:
     """run.json of training runs by name, by stage: of the adapters evaluated, or published beside the results."""
-    published = (*results.glob("*.run.json"), *results.glob("runs/*.run.json"))
-    files = {path.name.removesuffix(".run.json"): path for path in published}
+    files = {path.name.removesuffix(f".{RUN}"): path for path in results.glob(f"*.{RUN}")}
+    files |= {path.parent.name: path for path in results.glob(f"adapters/*/{RUN}")}
     adapters = {} if files else read_run(results).get("adapters", {})  # published ones are not those in outputs
     for arm, seeds in adapters.items():
         files |= {f"{arm} {seed}".strip(): Path(folder) / RUN for seed, folder in seeds.items()}

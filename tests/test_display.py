@@ -252,12 +252,13 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     monkeypatch.chdir(config.ROOT)
     folder = display.results_folder(tmp_path)
     assert folder in display.PUBLISHED
-    assert [*training_runs(config.ROOT / "docs" / "results" / "small")] == ["sft", "sft_more", "dpo"]
+    for results in display.PUBLISHED:
+        assert [*training_runs(results)] == ["sft", "sft_more", "dpo"]
 
     published = tmp_path / "results"
-    (published / "runs").mkdir(parents=True)
+    (published / "adapters" / "dpo").mkdir(parents=True)
     (published / "metrics.json").write_bytes((evaluation / "metrics.json").read_bytes())
-    (published / "runs" / "dpo.run.json").write_text(json.dumps(runs["dpo 3407"]))
+    (published / "adapters" / "dpo" / "run.json").write_text(json.dumps(runs["dpo 3407"]))
     (published / "run.json").write_text(json.dumps({"seconds": {}}))  # of the evaluation
     assert display.read_results(published)[1] is None
     recorded = read_predictions(evaluation / "predictions.csv")

@@ -143,13 +143,13 @@ def quoted(text: str) -> str:
 def study() -> tuple[dict, dict, dict]:
     """The study's metrics, and run.json of the first run of DPO and of the control."""
     metrics = read("metrics.json")
-    dpo, control = (read(f"runs/{arm}.run.json") for arm in ("dpo", metrics["control"]))
+    dpo, control = (read(f"adapters/{arm}/run.json") for arm in ("dpo", metrics["control"]))
     return metrics, dpo, control
 
 
 def methods() -> str:
     metrics, dpo, control = study()
-    sft = read("runs/sft.run.json")
+    sft = read("adapters/sft/run.json")
     first, then, more = (settings_of(run) for run in (sft, dpo, control))
     data, runs = dpo["data"], metrics["arms"]["dpo"]["seeds"]
     continued = metrics["control"] == "sft_more"

@@ -313,7 +313,6 @@ def publish_adapter(folder: Path, run: dict[str, Any], results: Path) -> None:
     """An adapter of the main study's first run, in bfloat16, with its card: for anybody without a GPU."""
     from safetensors.torch import load_file, save_file
 
-    write_json(results / "runs" / f"{run['stage']}.run.json", run)  # what a thesis says of its methods
     target, weights = results / "adapters" / run["stage"], folder / "adapter_model.safetensors"
     write_json(target / "run.json", run | {"copy_of_sha256": file_sha256(weights)})
     write_text(target / "adapter_config.json", (folder / "adapter_config.json").read_text(encoding="utf-8"))
