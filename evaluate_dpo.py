@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not settings.from_predictions:
             run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
             write_json(folder / RUN, run)
-            write_cards(settings, adapters, metrics, mismatches)
+            write_cards(settings, adapters, metrics, mismatches, generation)
         print("", emphasised(summary(metrics, model_of(run), notes)), "", "read next", sep="\n")
         print(f"- {folder}/report.md: all measures, settings and definitions")
         print(f"- {folder}/figures: PNG for the screen, PDF for a paper")
@@ -102,12 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_cards(
-    settings: EvaluationSettings, adapters: Adapters, metrics: dict[str, Any], mismatches: list[str]
+    settings: EvaluationSettings, adapters: Adapters, metrics: dict[str, Any], mismatches: list[str],
+    generation: dict[str, Any],
 ) -> None:
     """Each adapter's model card with its arm's measures; of two in one folder the first's. Published cards stay."""
     for arm, folders in reversed(adapters.items()):
         for folder in (folder for folder in folders.values() if config.PUBLISHED not in folder.parents):
-            print(write_card(folder, config.base_facts(settings), arm, metrics, mismatches))
+            print(write_card(folder, config.base_facts(settings), arm, metrics, mismatches, generation))
 
 
 def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:

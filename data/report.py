@@ -247,27 +247,30 @@ PRECISIONS = {  # bits: (their name, how transformers loads them)
 
 
 def write_card(
-    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = ()
+    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = (),
+    generation: Facts | None = None,
 ) -> str:
     """Write an adapter's `model_card`, and say in a line what was done. A card ends no run: a fault is a warning."""
     path = folder / "README.md"
     try:
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return f"{path} has your own text and is kept"
-        write_text(path, model_card(folder, base, arm, metrics, mismatches))
+        write_text(path, model_card(folder, base, arm, metrics, mismatches, generation))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
         return printable(f"warning: no model card in {folder}: {error!r}")
     return f"model card: {path}"
 
 
 def model_card(
-    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = ()
+    folder: Path, base: Facts, arm: str = "", metrics: Facts | None = None, mismatches: Sequence[str] = (),
+    generation: Facts | None = None,
 ) -> str:
     """The model card of the adapter in a folder: the template docs/model_card.md, filled.
 
     Args:
         base: the base model, as `config.base_facts` describes it.
         metrics: has the measures of its arm; without it the card says that the adapter was not evaluated.
+        generation: measures of generated answers by arm.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -300,7 +303,7 @@ def model_card(
         ]
         index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
-        limits += card_limits(arm, metrics)
+        limits += card_limits(arm, metrics, (generation or {}).get(arm))
     tags = ["recommendation", "movielens", "lora", *([stage] if stage else [])]
     of_hub = {"language": "en", "library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     card_data = ModelCardData(**of_hub, base_model=base["hub_name"], license=base["license"], **index)
@@ -320,10 +323,13 @@ def compared(metrics: dict[str, Any]) -> tuple[str, ...]:
     return ("sft", "dpo", metrics["control"]) if "verdict" in metrics else ()
 
 
-def card_limits(arm: str, metrics: dict[str, Any]) -> list[str]:
-    """The caveats that concern an arm, and how many of its decisions another precision keeps, where measured."""
+def card_limits(arm: str, metrics: dict[str, Any], answers: Facts | None) -> list[str]:
+    """The caveats that concern an arm, answers that are no recommendation, and what another precision changes."""
     found = verdict.caveats_of(arm, metrics) + verdict.caveats_of_baselines(arm, metrics)
     found += verdict.caveats_of_verdict(metrics) if arm in compared(metrics) else []
+    if answers and answers["parsed"] < 0.95:
+        parsed = f"{100 * answers['parsed']:.1f}%"
+        found.append(f"Of {answers['answers']:,} generated answers, {parsed} recommend exactly one option.")
     for name, measures in metrics["arms"].items():
         if name.startswith(f"{arm}@"):
             kept, bits = cell(measures["precision_consistency"], "%"), name.partition("@")[2].replace("bit", "-bit")

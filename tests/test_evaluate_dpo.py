@@ -214,7 +214,7 @@ def test_the_published_adapters_are_scored_when_asked_for(trained, tmp_path, mon
     written, own = [], adapter_of(flags, "sft")
     monkeypatch.setattr(evaluate_dpo, "write_card", lambda folder, *_: written.append(folder))
     adapters = {"sft": {"1": own}, "dpo": {"1": tmp_path / "adapters" / "dpo"}}
-    evaluate_dpo.write_cards(config.parse_settings(EvaluationSettings, asked), adapters, {}, [])
+    evaluate_dpo.write_cards(config.parse_settings(EvaluationSettings, asked), adapters, {}, [], {})
     assert written == [own], "published cards have the measures of the study"
 
 

@@ -208,6 +208,29 @@ def test_an_adapter_that_was_not_evaluated_says_so_and_several_seeds_are_told(st
     assert "- was trained on another split _b_." in model_card(adapter, base, "dpo", metrics, mismatch)
 
 
+def test_a_card_tells_of_answers_that_are_no_recommendation(study, monkeypatch):
+    flags, metrics = study
+    adapter, base = adapter_of(flags), base_of(flags)
+    told = "\n- Of 500 generated answers, 65.6% recommend exactly one option.\n"
+    for parsed, there in ((0.656, True), (0.95, False)):
+        generation = {"dpo": {"answers": 500, "parsed": parsed}, "sft": {"answers": 500, "parsed": 0.656}}
+        assert (told in model_card(adapter, base, "dpo", metrics, (), generation)) is there
+        written: list = []
+        monkeypatch.setattr(evaluate_dpo, "write_card", lambda *given, to=written: to.append(model_card(*given)))
+        settings = config.parse_settings(EvaluationSettings, flags)
+        evaluate_dpo.write_cards(settings, {"dpo": {"": adapter}}, metrics, [], generation)
+        assert (told in written[0]) is there
+
+
+def test_a_card_names_the_weights_that_a_copy_is_of(mine, study):
+    adapter = adapter_of(mine[1])
+    run = read_json(adapter / "run.json") | {"copy_of_sha256": "<b>1f"}
+    (adapter / "run.json").write_text(json.dumps(run))
+    card = model_card(adapter, base_of(mine[1]), "dpo", study[1])
+    assert "belong to the float32 weights that these are a bfloat16 copy of, with sha256 `_b_1f`." in card
+    assert file_sha256(adapter / WEIGHTS) not in card
+
+
 def test_llama_3_is_named_with_its_licence(study):
     card = model_card(adapter_of(study[0]), config.base_facts(preset_settings(EvaluationSettings, "thesis")))
     assert (ModelCard(card).data.base_model, ModelCard(card).data.license) == ("unsloth/llama-3-8b-bnb-4bit", "llama3")
