@@ -3,6 +3,7 @@
 import gzip
 import json
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,6 +237,21 @@ def test_results_of_several_machines_add_up_and_are_known_by_study_and_seed(tmp_
     assert default == "0.1" and set(panel) == {"0.05", "0.1", "0.2", "0.5"}
     assert {one["arms"]["dpo"]["seeds"] for one in panel.values()} == {2}, "the unchanged arm has the same runs"
     assert found["beta_0.5"]["comparisons"]["dpo - sft"]["value"] == found["rank_8"]["comparisons"]["dpo - sft"]["value"]
+
+
+def test_published_cards_are_what_their_template_and_the_study_give(tmp_path):
+    for name in ("predictions.csv.gz", "generation.json"):
+        shutil.copy(experiment.RESULTS / name, tmp_path)
+    shutil.copytree(experiment.RESULTS / "adapters", tmp_path / "adapters")
+    cards = {path: path.read_text() for path in sorted(tmp_path.glob("adapters/*/README.md"))}
+    for path in cards:
+        path.unlink()
+    experiment.write_cards(tmp_path)
+    assert [*cards] == sorted(tmp_path.glob("adapters/*/README.md")) and len(cards) == 3
+    for path, card in cards.items():
+        assert path.read_text() == card, "python tests/benchmarks/experiment.py report"
+        assert "- is one of 10 training runs; " in card and "with sha256 `" in card and "bfloat16 copy of" in card
+    assert ["generated answers, 65.6% recommend" in card for card in cards.values()] == [True, False, False]
 
 
 def test_a_measurement_takes_the_place_of_its_own_case_alone(tmp_path):

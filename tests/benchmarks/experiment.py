@@ -3,7 +3,7 @@
     python tests/benchmarks/experiment.py search     # tune each arm, on training users held back for it
     python tests/benchmarks/experiment.py run        # the commands whose results docs/results lacks, then report
     python tests/benchmarks/experiment.py list       # print all commands
-    python tests/benchmarks/experiment.py report     # measures, tables and figures from docs/results
+    python tests/benchmarks/experiment.py report     # measures, tables, figures and model cards from docs/results
 
 What is scored is kept in docs/results (ids and margins, no titles), so a study that was cut off goes on on another
 machine. `--only 4bit/3407` runs single jobs and what they need. Several jobs share a GPU (--slots), since a small
@@ -32,8 +32,12 @@ from benchmarks import study_report
 from benchmarks.study_report import ABLATIONS, MAIN
 
 from data.files import file_sha256, read_json, write_json, write_text
+from data.measures import compute_metrics
 from data.pairs import load_pairs, split_pairs, write_pairs
 from data.predictions import COLUMNS, KEY, read_predictions
+from data.report import write_card
+from data.runs import read_run, settings_of
+from data.verdict import judge
 
 RESULTS = ROOT / "docs" / "results"
 WORK = "outputs/study"
@@ -310,17 +314,28 @@ def scored_in(results: Path) -> set[str]:
 
 
 def publish_adapter(folder: Path, run: dict[str, Any], results: Path) -> None:
-    """An adapter of the main study's first run, in bfloat16, with its card: for anybody without a GPU."""
+    """An adapter of the main study's first run, in bfloat16: for anybody without a GPU; `write_cards` adds its card."""
     from safetensors.torch import load_file, save_file
 
     target, weights = results / "adapters" / run["stage"], folder / "adapter_model.safetensors"
     write_json(target / "run.json", run | {"copy_of_sha256": file_sha256(weights)})
     write_text(target / "adapter_config.json", (folder / "adapter_config.json").read_text(encoding="utf-8"))
-    full = "belong to the float32 weights that these are a bfloat16 copy of, with"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    write_text(target / "README.md", card.replace("belong to the weights with", full))
     halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
     save_file(halved, target / weights.name, metadata={"format": "pt"})
+
+
+def write_cards(results: Path) -> None:
+    """The model card of each published adapter, with the measures of its own run."""
+    from config import EvaluationSettings, base_facts, preset_settings  # they need PyTorch
+
+    rows, answers = read_predictions(results / MAIN["4bit"]), read_json(results / "generation.json")
+    count = len({*rows["seed"]} - {""})
+    for folder in sorted((results / "adapters").glob("*")):
+        run = settings_of(read_run(folder))
+        settings = preset_settings(EvaluationSettings, run["preset"], base_model=run["base_model"], bits=run["bits"])
+        metrics = judge(compute_metrics(rows[rows["seed"].isin(["", str(run["seed"])])]))
+        others = f"{folder} is one of {count} training runs; README.md in the project's folder of results has all"
+        print(write_card(folder, base_facts(settings), folder.name, metrics, [others], answers))
 
 
 def main() -> None:
@@ -342,6 +357,7 @@ def main() -> None:
         collect(jobs, ROOT / WORK, RESULTS)
     if options.part in ("run", "report"):
         study_report.report(RESULTS)
+        write_cards(RESULTS)
     if failed:
         sys.exit(f"did not end well, or did not begin for want of time: {', '.join(failed)}")
 

@@ -46,7 +46,7 @@ PANELS = {  # figure and rows of the table: {value: study}
 
 
 def report(results: Path) -> None:
-    """Write metrics of each precision, interaction.json, ablations.json, tables.md, figures and README's tables."""
+    """Write metrics of each precision, interaction.json, ablations.json, tables.md, figures, and README's tables."""
     main = {study: read_predictions(results / name) for study, name in MAIN.items() if (results / name).exists()}
     metrics = {study: judge(compute_metrics(rows)) for study, rows in main.items()}
     for study, found in metrics.items():
@@ -135,8 +135,6 @@ def draw_ablation(
 ) -> Figure:
     """Arms over the values of one setting, with their 95% intervals; the study's own value is shaded and named.
 
-    An arm that is one and the same result at all values is a line with a band.
-
     Args:
         points: {value of the setting: {arm: {"value", "low", "high"}}}, as metrics.json holds a measure of an arm.
         caption: how many users and runs they are from.
@@ -152,7 +150,7 @@ def draw_ablation(
     for arm, shape, side in (("sft", "s", -1), ("dpo", "o", 1)):
         shown = {place: found[arm] for place, found in enumerate(points.values()) if arm in found}
         found, look = [*shown.values()], {"label": arm_name(arm)} | LINES | arm_styles([arm])[arm]
-        if len(found) == len(points) > 1 and all(one == found[0] for one in found):
+        if len(found) == len(points) > 1 and all(one == found[0] for one in found):  # one result: a line with a band
             axis.axhline(found[0]["value"], color=look["color"], linewidth=1, label=look["label"], zorder=1)
             axis.axhspan(found[0]["low"], found[0]["high"], color=look["color"], alpha=0.15, linewidth=0, zorder=0)
             apart = 0  # nothing to stand beside
@@ -171,8 +169,7 @@ def draw_ablation(
 
 OF_TABLE = {  # table: measures of the main study, or of the ablation of that name
     "also": (
-        *("accuracy_with_popularity", "accuracy_against_popularity", "popularity_balanced_accuracy"),
-        "personalisation_gap",
+        "accuracy_with_popularity", "accuracy_against_popularity", "popularity_balanced_accuracy", "personalisation_gap"
     ),
     "calibration": ("calibration_error", "temperature", "dpo_calibration_error", "dpo_temperature"),
     "displacement": ("chosen_change", "rejected_change"),
@@ -259,12 +256,11 @@ def shortcut_table(results: Path) -> str:
 
 
 def baselines_table(found: dict[str, Any]) -> str:
-    """Baselines on test users of MovieLens-100K; they are the same, whatever the models beside them trained on."""
-    names, rows = [name for name in BASELINES if name != "always A"], []
+    """Baselines on each kind of negatives; they are the same, whatever the models beside them trained on."""
+    names, rows = BASELINES[1:], []  # without "always A"
     for tested in ("random", "matched"):
         if one := found.get(f"negatives_random_on_{tested}"):
-            cells = (cell(one["arms"][name]["ranking_accuracy"], "%") for name in names)
-            rows.append([tested, one["users"], *cells])
+            rows.append([tested, one["users"], *(cell(one["arms"][name]["ranking_accuracy"], "%") for name in names)])
     return markdown(["negatives", "test users", *(f"{name} %" for name in names)], rows)
 
 
@@ -311,19 +307,13 @@ SECTIONS = {  # of tables.md: name of the table, heading, what a reader must kno
     "runs": ("Each run", "Ranking accuracy in % of every training run of the main study, one column per seed."),
     "also": ("More measures", "4 bits. `docs/metrics.md` defines each."),
     "calibration": ("Calibration", "Of the decision, and of DPO's own probability σ(β(m − m_ref))."),
-    "displacement": (
-        "Displacement",
-        "Change of log p against the reference. Both falling is the known failure of DPO.",
-    ),
+    "displacement": ("Displacement", "Change of log p from the reference. Both falling is a known failure of DPO."),
     "read_in_16": (
         "Trained in 4 bits, read in 16",
         "`@16bit` is the same adapter on 16-bit weights; the last three runs of the main study.",
     ),
     "transfer": ("Transfer", "Adapters of the main study on users of MovieLens-100K: its last three runs."),
-    "baselines": (
-        "Baselines on MovieLens-100K",
-        "Ranking accuracy. Each row has its own test users, and baselines learn from pairs with the same negatives.",
-    ),
+    "baselines": ("Baselines on MovieLens-100K", "Ranking accuracy. Each row has its own pairs for training and test."),
     "ablations": (
         "Ablations",
         "Each row changes one setting, and nothing is tuned again. Alpha is the rank. Negatives are of MovieLens-100K "
