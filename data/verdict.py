@@ -205,7 +205,8 @@ def caveats(metrics: dict[str, Any]) -> list[str]:
     arms = metrics["arms"]
     models = [arm for arm, measures in arms.items() if measures["kind"] == "model" and arm != "base" and "@" not in arm]
     found = [caveat for arm in models for caveat in caveats_of(arm, metrics)]
-    found += [caveat for arm in ("dpo", "sft", *sft_controls(arms)) for caveat in caveats_of_baselines(arm, metrics)]
+    others = [arm for arm in ("sft", *sft_controls(arms)) if not letter_always_answered(arms[arm])]  # which says enough
+    found += [caveat for arm in ("dpo", *others) for caveat in caveats_of_baselines(arm, metrics)]
     return found + caveats_of_verdict(metrics)
 
 

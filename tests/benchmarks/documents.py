@@ -49,13 +49,13 @@ def answer() -> str:
     compared, models = metrics["comparisons"], ("sft", control, "dpo")
     behind, learned = ([arm for arm in models if compared[f"{arm} - {one}"]["high"] < 0] for one in ("popularity", "learned"))
     names = {"sft": "SFT", control: longer(metrics), "dpo": "DPO"}
-    below = f", {listed([names[arm] for arm in behind], 'and')} rank below it" if behind[1:] else ""
-    counts = ", and a logistic regression on counts and years beats them all" if learned == [*models] else ""
+    below = f"; {listed([names[arm] for arm in behind], 'and')} rank below it" if behind[1:] else ""
+    counts = " A regression beats them all." if learned == [*models] else ""
     lines = (
         f"**DPO {SAYS[metrics['verdict']]} the SFT** that it starts from: {led} points.",
         f"**DPO {SAYS[metrics['control_verdict']]} more SFT**, continued for as many steps: {led_more} points.",
         f"**DPO's lead over more SFT {depends} on 4 bits**: 4 bits minus 16 bits is {interval_text(more)} points.",
-        f"**No language model is shown to beat popularity**{below}{counts}.",
+        f"**No language model is shown to beat popularity**{below}.{counts}",
     )
     said = (
         "Ranking accuracy is how often a model picks the film that the person watched next; chance is 50%. Points are of "
