@@ -224,8 +224,9 @@ def training_runs(results: Path) -> dict[str, dict[str, Any]]:
     """run.json of training runs by name, by stage: of the adapters evaluated, or published beside the results."""
     files = {path.name.removesuffix(f".{RUN}"): path for path in results.glob(f"*.{RUN}")}
     files |= {path.parent.name: path for path in results.glob(f"adapters/*/{RUN}")}
-    adapters = {} if files else read_run(results).get("adapters", {})  # published ones are not those in outputs
-    for arm, seeds in adapters.items():
+    adapters = {} if files else read_run(results).get("adapters")  # published ones are not those in outputs
+    for arm, seeds in adapters.items() if isinstance(adapters, dict) else ():
+        seeds = seeds if isinstance(seeds, dict) else {}
         files |= {f"{arm} {seed}".strip(): Path(folder) / RUN for seed, folder in seeds.items()}
     runs = {name: read_json(path) for name, path in sorted(files.items())}
     runs = {name: run for name, run in runs.items() if "stage" in run}  # an evaluation has none

@@ -272,6 +272,10 @@ def test_results_are_found_with_their_settings_and_runs(evaluated, evaluation, t
     write_pairs("data/elsewhere.jsonl", make_pairs(2))
     runs["dpo"]["settings"]["pairs"] = "/another/machine/elsewhere.jsonl"
     assert evaluate_dpo.settings_of_results(published, runs, "o").pairs == "data/elsewhere.jsonl"
+    for adapters in (["sft"], {"sft": ["a"]}):  # somebody's run.json may say anything
+        (tmp_path / "run.json").write_text(json.dumps({"adapters": adapters, "settings": {"bits": 4}}))
+        assert training_runs(tmp_path) == {}
+        assert evaluate_dpo.settings_of_results(tmp_path, {}, "o").preset == "small"
 
 
 def test_two_threads_on_one_loaded_model_see_each_arm_as_it_is_alone(evaluated):
