@@ -187,7 +187,7 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
             return trainer, {
                 "batch_size": batch_size, "gradient_checkpointing": checkpointing,
                 "trainer": "shared" if shares_prompt(settings) else "stock",
-                "cuda_graphs": len(found.captured) if (found := graphs_of(trainer)) else 0,
+                "cuda_graphs": graphs_of(trainer),
                 "resumed_from_step": checkpoint and int(checkpoint.name.rpartition("-")[2]),
             }
         except torch.OutOfMemoryError:
@@ -668,9 +668,9 @@ class Graphs:
         self.kept = [*model.buffers(), *tensors]
 
 
-def graphs_of(trainer: Any) -> Graphs | None:
-    states = getattr(trainer, "hidden_states", None)
-    return states if isinstance(states, Graphs) else None
+def graphs_of(trainer: Any) -> int:
+    """How many CUDA graphs a trainer uses."""
+    return len(getattr(getattr(trainer, "hidden_states", None), "captured", ()))
 
 
 def first_inputs(trainer: Any, count: int) -> dict[str, Any]:

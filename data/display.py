@@ -17,7 +17,6 @@ from data.files import read_json
 from data.measures import SCHEMA_VERSION
 from data.pairs import ORDERS, Pair, PairsError, other_letter, preference_rows, recommended
 from data.predictions import margins_by_user, read_predictions
-from data.verdict import interval_text
 
 BEING_WRITTEN = "… (being written)"  # in place of an answer
 MARKS = {True: ("✓ right", "#00704f"), False: ("✗ wrong", "#b04a00")}  # white on these is read by everybody
@@ -50,18 +49,6 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
         raise UserError(f"{folder}/metrics.json is of another version", f"Make it again with: {command}")
     files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
     return metrics, read_predictions(files[0]) if files else None
-
-
-def verdict_text(metrics: dict[str, Any]) -> str:
-    """What follows from the verdicts, and each verdict with its difference, as Markdown."""
-    if "verdict" not in metrics:
-        return "**No verdict**: there is no arm named sft, or none named dpo."
-    lines = [f"**{metrics['conclusion']}**", ""]
-    for arm, verdict in (("sft", metrics["verdict"]), (metrics["control"], metrics["control_verdict"])):
-        if arm:
-            points = f"{interval_text(metrics['comparisons'][f'dpo - {arm}'])} points"
-            lines.append(f"- DPO against {arm_name(arm)}: **{verdict}**, {points} of ranking accuracy (95% interval)")
-    return "\n".join(lines)
 
 
 def picture(figure: Any, name: str) -> None:

@@ -70,6 +70,14 @@ def verdicts(metrics: Facts) -> list[tuple[str, str]]:
     return found if control else [*found, (metrics["control_verdict"], "")]
 
 
+def verdict_text(metrics: Facts) -> str:
+    """The verdicts and what follows from them, as Markdown."""
+    if "verdict" not in metrics:
+        return f"{NO_VERDICT.capitalize()}."
+    told = [f"- **Verdict: {says}**{lead and f'. {lead}'}" for says, lead in verdicts(metrics)]
+    return "\n".join([*told, "", metrics["conclusion"]])
+
+
 # ---------------------------------------------------------------------------------- on a terminal of 80 columns
 
 def summary(metrics: Facts, model: str = "", notes: Sequence[str] = ()) -> str:
@@ -173,12 +181,7 @@ def report(
     """
     arms, run = metrics["arms"], run or {}
     model = model_of(run)
-    lines = ["# DPO against SFT: ranking adherence", ""]
-    if "verdict" in metrics:
-        lines += [f"- **Verdict: {says}**{lead and f'. {lead}'}" for says, lead in verdicts(metrics)]
-        lines += ["", metrics["conclusion"]]
-    else:
-        lines.append(f"{NO_VERDICT.capitalize()}.")
+    lines = ["# DPO against SFT: ranking adherence", "", verdict_text(metrics)]
     about = f"{metrics['users']:,} test users, {metrics['pairs']:,} pairs, each in both orders of the options"
     lines += ["", f"{about}; 95% intervals in brackets.{f' Adapters of {model}.' if model else ''}"]
     lines += markdown_cells("arm", table_cells(metrics))

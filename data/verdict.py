@@ -9,7 +9,6 @@ from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
 KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's name for readers
 BOTH_ONE_LETTER = "Both arms answer one letter almost always"
-OF_SCOPE = {"method": "", "adapters": " (these adapters)"}  # what a verdict is on, behind it
 NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
 SHARES = {1: "as many pairs", 2: "half of the pairs", 3: "a third of the pairs"}
@@ -34,7 +33,7 @@ def judge(metrics: dict[str, Any]) -> dict[str, Any]:
         if found := comparisons.get(f"dpo - {arm}"):
             one_letter = all(letter_always_answered(arms[name]) for name in (arm, "dpo"))
             says = verdict(found["value"], found["low"], found["high"], one_letter)
-            found["verdict"] = says + OF_SCOPE[found["scope"]]
+            found["verdict"] = says if found["scope"] == "method" else f"{says} (these adapters)"
     if "dpo - sft" in comparisons:
         best = max(controls, key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default=None)
         control = "sft_more" if "sft_more" in controls else best

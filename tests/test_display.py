@@ -18,11 +18,10 @@ import evaluate_dpo
 from data import display
 from data.errors import UserError
 from data.figures import CAPTIONS
-from data.measures import SCHEMA_VERSION, compute_metrics
+from data.measures import SCHEMA_VERSION
 from data.pairs import PairsError, make_pair, preference_row, write_pairs
 from data.predictions import MARGINS, genre_pattern, read_predictions
 from data.runs import training_runs
-from data.verdict import judge
 
 HISTORY = ["<b>One</b> (1990)", "A (1991)", "B (1992)", "C (1993)", "D (1994)"]
 
@@ -109,19 +108,6 @@ def test_the_example_is_of_two_films_that_share_no_genre():
     alike = make_pair(HISTORY, ("X (1995)", "War|Comedy"), ("Y (1996)", "War"))
     unlike = make_pair(HISTORY, ("X (1995)", "War|Comedy"), ("Z (1996)", "Drama"))
     assert display.example_of([alike, unlike]) is unlike and display.example_of([alike]) is alike
-
-
-def test_the_verdict_is_told_with_each_comparison_and_only_where_there_is_one():
-    metrics = judge(compute_metrics(predictions_of(sft=np.ones((20, 2)), dpo=np.ones((20, 2)))))
-    conclusion, _, line = display.verdict_text(metrics).splitlines()
-    assert conclusion == f"**{metrics['conclusion']}**"
-    assert line.startswith(f"- DPO against SFT: **{metrics['verdict']}**, ")
-    assert line.endswith("0.0 [-5.0, +5.0] points of ranking accuracy (95% interval)")
-    right = np.ones((9, 2))
-    metrics = judge(compute_metrics(predictions_of(sft=right, sft_more=-right, dpo=right)))
-    control = display.verdict_text(metrics).splitlines()[-1]
-    assert control.startswith(f"- DPO against SFT, continued: **{metrics['control_verdict']}**, +100.0 [")
-    assert "No verdict" in display.verdict_text(judge(compute_metrics(predictions_of(dpo=right))))
 
 
 def test_the_pairs_are_described_as_they_are():

@@ -29,6 +29,7 @@ from data.report import (
     report,
     summary,
     table,
+    verdict_text,
     write_card,
 )
 from data.runs import WEIGHTS
@@ -77,6 +78,8 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     places = [text.index(html.escape(part)) for part in order]
     assert places == sorted(places), "what a reader wants first comes first"
     assert all(f"`{name}`" in text[places[-1] :] for name in MEASURES), "docs/metrics.md defines them"
+    alone = judge(compute_metrics(rows[rows["arm"] == "dpo"]))
+    assert verdict_text(alone) == "No verdict: it takes an arm named sft and an arm named dpo."
 
 
 @pytest.mark.parametrize("results", ["", "small"])
