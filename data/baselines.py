@@ -44,7 +44,7 @@ def baseline_margins(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, n
 
     def counts(pair: Pair, film: Movie, seen: Set[str]) -> tuple[int, ...]:
         """Of one film, in the order of COUNTS; a training user's own films, `seen`, don't count that user."""
-        own = len(seen & {*pair.history} - {film.title}) if film.title in seen else 0
+        own = sum(title in seen and title != film.title for title in pair.history) if film.title in seen else 0
         overlap = sum(len(genres.get(title, set()) & set(film.genres)) for title in pair.history)
         co_occurrence = sum(together[title][film.title] for title in pair.history) - own
         return overlap, co_occurrence, watched[film.title] - (film.title in seen)

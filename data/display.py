@@ -76,7 +76,8 @@ def described(pairs: Sequence[Pair], train: Sequence[Pair], option_order: str, s
         return f"{100 * pd.Series(list(answers)).mean():.1f}"
 
     films, watched = films_of(pairs, train), film_counts(train)
-    popularity = [(watched[pair.preferred.title], watched[pair.other.title]) for pair in pairs]
+    own = {*train}  # whose users made the preferred film more popular by one
+    popularity = [(watched[pair.preferred.title] - (pair in own), watched[pair.other.title]) for pair in pairs]
     letters = [recommended(row["chosen"]) for row in preference_rows(pairs, option_order, seed)]
     return {
         "pairs": f"{len(pairs):,}",
@@ -167,13 +168,14 @@ def marked(text: str, own: set[str], genres: re.Pattern[str]) -> str:
 def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bool) -> dict[str, list[str]]:
     """pair_ids of the test users who can be shown, by what the arms made of them; live: the arms are loaded.
 
-    Orders and seeds are taken together, and the clearest disagreement comes first; all users are sorted by name.
+    Orders are taken together, of each arm's first run; the clearest disagreement comes first. All are sorted by name.
     """
     recorded = set() if predictions is None else set(predictions["pair_id"])
     by_title = sorted(test, key=lambda pair: pair.preferred.title)
     shown = [pair.pair_id for pair in by_title if live or pair.pair_id in recorded]
     groups = {"all test users": shown, "SFT right, DPO wrong": [], "DPO right, SFT wrong": []}
-    margins = pd.DataFrame() if predictions is None else margins_by_user(predictions)
+    each = ["arm", "pair_id", "order", "history"]
+    margins = pd.DataFrame() if predictions is None else margins_by_user(predictions.drop_duplicates(each))
     for right, wrong in (("sft", "dpo"), ("dpo", "sft")) if {"sft", "dpo"} <= set(margins) else ():
         found = margins[(margins[right] > 0) & (margins[wrong] < 0) & margins.index.isin(shown)]
         by_clearness = (found[wrong] - found[right]).sort_values(kind="stable")

@@ -31,7 +31,7 @@ ROLES = {  # of a pair's films
 CAPTIONS = {  # of a figure: what it shows
     "accuracy": "Ranking and response accuracy of each arm, with 95% intervals; the line is chance",
     "position_bias": "Position bias of each model, with 95% intervals; the line is no bias",
-    "margins": "Decision margin of each test user under SFT (across) and DPO (up), mean of both orders and all runs",
+    "margins": "Decision margin of each test pair under SFT (across) and DPO (up), mean of both orders and all runs",
     "reliability": "How often Option A is right against its probability, one panel per model",
     "popularity": "Ranking accuracy where the preferred film is the more, the less or similarly popular",
     "seeds": "Ranking accuracy of each training run (crosses; a line joins those of one seed), and their mean (points)",
@@ -69,9 +69,10 @@ def draw_all(predictions: pd.DataFrame | None, metrics: dict[str, Any]) -> dict[
     }
     figures = {
         "accuracy": draw_measures(metrics, everyone, both, "accuracy, %", 50),
-        "popularity": draw_measures(metrics, everyone, popular, "ranking accuracy, %", 50),
         "position_bias": draw_measures(metrics, models, {"position_bias": ""}, "position bias, A - B, points", 0),
     }
+    if any(measures[name]["value"] is not None for measures in metrics["arms"].values() for name in popular):
+        figures["popularity"] = draw_measures(metrics, everyone, popular, "ranking accuracy, %", 50)
     if predictions is not None:
         figures["reliability"] = draw_reliability(predictions, models)
         if {"sft", "dpo"} <= {*models}:
@@ -205,8 +206,9 @@ def draw_seeds(metrics: dict[str, Any]) -> Figure:
     styles, accuracy = arm_styles([*accuracy]), {arm: found for arm, found in accuracy.items() if found.get("runs")}
     figure, axis = figure_of_arms([*accuracy], "ranking accuracy, %")
     for seed in dict.fromkeys(seed for found in accuracy.values() for seed in found["runs"]):
-        values = [found["runs"].get(seed, math.nan) for found in accuracy.values()]
-        axis.plot(values, np.arange(len(values)) + 0.18, color="0.8", linewidth=0.6, zorder=0)
+        of_seed = {row + 0.18: found["runs"].get(seed) for row, found in enumerate(accuracy.values())}
+        places = [(value, row) for row, value in of_seed.items() if value is not None]
+        axis.plot(*zip(*places, strict=True), color="0.8", linewidth=0.6, zorder=0)
     for row, (arm, found) in enumerate(accuracy.items()):
         axis.errorbar(found["value"], row - 0.14, xerr=spread(found), fmt="o", markersize=4, **LINES, **styles[arm])
         axis.plot([*found["runs"].values()], [row + 0.18] * len(found["runs"]), "x", markersize=4, **styles[arm])

@@ -32,7 +32,7 @@ MEASURES = {  # name: (label, unit)
     "response_margin": ("response margin", "nats"),
     "accuracy_with_popularity": ("ranking accuracy where the preferred film is the more popular", "%"),
     "accuracy_against_popularity": ("ranking accuracy where it is the less popular", "%"),
-    "popularity_balanced_accuracy": ("popularity-balanced accuracy, the mean of these two", "%"),
+    "popularity_balanced_accuracy": ("popularity-balanced accuracy", "%"),
     "accuracy_similar_popularity": ("ranking accuracy where popularity is within a factor of 2", "%"),
     "personalisation_gap": ("loss of ranking accuracy with a stranger's history", "points"),
     "precision_consistency": ("decisions that are the same in the first precision", "%"),
@@ -59,6 +59,7 @@ NEAR_TIE = 0.01  # nats
 FEWEST_USERS = 30  # with a kind of pair, for measures of it: intervals of fewer cover too seldom
 RUNS_FOR_METHOD = 3  # of an arm, for intervals over runs and verdicts on the method
 OF_ANSWERS = ("answers", "repeat_consistency", "parsed", "right", "cites_own_genre", "cites_foreign_genre")
+NO_EXCESS = np.zeros(2)
 Scores = dict[str, np.ndarray]  # of one run: (pairs, orders A and B) by name
 
 
@@ -68,7 +69,7 @@ class Measured(NamedTuple):
     seeds: tuple[str, ...]
     values: np.ndarray  # (runs,)
     influence: np.ndarray  # (runs, users): how far each user moves each run's value
-    excess: float  # how much chance adds to the value, on average
+    excess: np.ndarray  # (2,): how much chance adds to the value, at most and on average
     trained: bool  # its runs are draws of training; base and baselines have none
 
 
@@ -208,7 +209,7 @@ def measures_of_runs(
         values, influence, excess = (np.array(part) for part in zip(*(run[name] for run in by_run), strict=True))
         if kind == "baseline" and name in PROBABILITY_MEASURES:
             values = np.full(len(runs), math.nan)
-        measured[name] = Measured(tuple(runs), values, influence, float(excess.mean()), trained)
+        measured[name] = Measured(tuple(runs), values, influence, excess.mean(axis=0), trained)
     return measured
 
 
@@ -262,13 +263,13 @@ def wins(margin: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(margin), np.nan, (margin > 0) + 0.5 * (margin == 0))
 
 
-def mean_of(values: np.ndarray, among: np.ndarray | float = 1.0) -> tuple[float, np.ndarray, float]:
-    """The mean over pairs (pairs,), or over those `among` which are 1, as (value, influence of each pair, 0)."""
+def mean_of(values: np.ndarray, among: np.ndarray | float = 1.0) -> tuple[float, np.ndarray, np.ndarray]:
+    """The mean over pairs (pairs,), or over those `among` which are 1, as (value, influence of each pair, zeros)."""
     share = np.mean(among)
     if not share > 0:
-        return math.nan, np.full(len(values), math.nan), 0.0
+        return math.nan, np.full(len(values), math.nan), NO_EXCESS
     value = np.mean(values * among) / share
-    return value, among * (values - value) / (share * len(values)), 0.0
+    return value, among * (values - value) / (share * len(values)), NO_EXCESS
 
 
 def by_user(influence: np.ndarray, users: np.ndarray) -> np.ndarray:
@@ -278,15 +279,16 @@ def by_user(influence: np.ndarray, users: np.ndarray) -> np.ndarray:
     return summed
 
 
-def calibration_error(margin: np.ndarray, users: np.ndarray, bins: int = 15) -> tuple[float, np.ndarray, float]:
+def calibration_error(margin: np.ndarray, users: np.ndarray, bins: int = 15) -> tuple[float, np.ndarray, np.ndarray]:
     """Expected calibration error of p(Option A) (Naeini et al. 2015) as (value, influence of each pair, excess).
 
     p(Option A) is sigma(margin) where the preferred film is Option A and sigma(-margin) where it is Option B. Chance
-    moves the mean of a bin, and of absolute values that is always up: by `excess`, that of a folded normal.
+    moves the mean of a bin, and of absolute values that is always up: by the excess of a folded normal, the most where
+    a bin's true mean is 0.
     """
     p_a = expit(margin * np.array([1, -1]))
     if np.isnan(p_a).any():
-        return math.nan, np.full(len(margin), math.nan), 0.0
+        return math.nan, np.full(len(margin), math.nan), NO_EXCESS
     index = np.minimum((p_a * bins).astype(int), bins - 1)
     gaps = ([[1.0, 0.0]] - p_a)[..., None] * (index[..., None] == np.arange(bins))
     gaps = gaps.mean(axis=1)  # (pairs, bins)
@@ -294,12 +296,13 @@ def calibration_error(margin: np.ndarray, users: np.ndarray, bins: int = 15) -> 
     influence = (gaps - means) / len(gaps)
     noise = np.sqrt((by_user(influence, users) ** 2).sum(axis=0))
     far = np.abs(means) / np.where(noise > 0, noise, np.inf)
-    folded = noise * math.sqrt(2 / math.pi) * np.exp(-(far**2) / 2) - 2 * np.abs(means) * ndtr(-far) * (noise > 0)
-    return np.abs(means).sum(), influence @ np.sign(means), folded.sum()
+    most = noise * math.sqrt(2 / math.pi)
+    folded = most * np.exp(-(far**2) / 2) - 2 * np.abs(means) * ndtr(-far) * (noise > 0)
+    return np.abs(means).sum(), influence @ np.sign(means), np.array([most.sum(), folded.sum()])
 
 
-def temperature(margin: np.ndarray) -> tuple[float, np.ndarray, float]:
-    """The T for which sigma(margin / T) is likeliest (Guo et al. 2017) as (value, influence of each pair, 0).
+def temperature(margin: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The T for which sigma(margin / T) is likeliest (Guo et al. 2017) as (value, influence of each pair, zeros).
 
     nan where no T from 0.01 to 100 is: where margins are right always, or no more often than wrong.
     """
@@ -307,10 +310,10 @@ def temperature(margin: np.ndarray) -> tuple[float, np.ndarray, float]:
         return (margin * expit(-inverse * margin)).mean(axis=1)
 
     if not slopes(0.01).mean() > 0 > slopes(100.0).mean() + 1e-12:
-        return math.nan, np.full(len(margin), math.nan), 0.0
+        return math.nan, np.full(len(margin), math.nan), NO_EXCESS
     inverse = brentq(lambda inverse: slopes(inverse).mean(), 0.01, 100.0)
     curvature = (margin**2 * expit(inverse * margin) * expit(-inverse * margin)).mean()
-    return 1 / inverse, -slopes(inverse) / (curvature * inverse**2 * len(margin)), 0.0
+    return 1 / inverse, -slopes(inverse) / (curvature * inverse**2 * len(margin)), NO_EXCESS
 
 
 def number(value: float) -> float | None:
@@ -360,11 +363,12 @@ def half_width(parts: Sequence[Measured]) -> float:
 def estimate(name: str, measured: Measured) -> dict[str, Any]:
     """A measure's value and 95% interval, within the measure's limits, and the value of each trained run.
 
-    The interval is about the value less what chance adds to it, as far as the value at least.
+    The interval ends below at the value less the most that chance adds to it, above at the value less what it adds on
+    average, and holds the value.
     """
     value, half = measured.values.mean(), half_width([measured])
-    centre = value - measured.excess
-    ends = np.clip([min(value, centre - half), max(value, centre + half)], *UNITS[MEASURES[name][1]][1:])
+    most, usual = measured.excess
+    ends = np.clip([value - most - half, max(value, value - usual + half)], *UNITS[MEASURES[name][1]][1:])
     found = {"value": number(value), "low": number(ends[0]), "high": number(ends[1])}
     if measured.trained and measured.seeds != ("",) and not math.isnan(value):
         found["runs"] = {seed: number(one) for seed, one in zip(measured.seeds, measured.values, strict=True)}

@@ -60,7 +60,8 @@ def verdicts(metrics: Facts) -> list[tuple[str, str]]:
     control = metrics["control"]
     seen = "" if control else verdict.pairs_seen("sft", metrics["arms"])
     names = {"sft": f"an SFT that saw {seen}" if seen else "SFT"}
-    names |= {control: f"{verdict.KINDS.get(control, 'longer SFT')} ({control})"} if control else {}
+    continued = control and verdict.longer(metrics) == "continued SFT"
+    names |= {control: f"{verdict.KINDS['sft_more'] if continued else 'longer SFT'} ({control})"} if control else {}
     found = []
     for arm, name in names.items():
         difference = metrics["comparisons"][f"dpo - {arm}"]
@@ -98,7 +99,8 @@ def headline(metrics: Facts) -> str:
     """The first blocks of the summary: the verdicts, what follows from them, and the table of the main measures."""
     if "verdict" not in metrics:
         return f"{NO_VERDICT}\n\n{table(metrics)}"
-    lines = [line for says, lead in verdicts(metrics) for line in (says, f"  {lead}") if line.strip()]
+    told = [(textwrap.wrap(says, 71, subsequent_indent="  "), f"  {lead}") for says, lead in verdicts(metrics)]
+    lines = [line for says, lead in told for line in (*says, lead) if line.strip()]
     shown = "\n         ".join(lines)
     return f"verdict: {shown}\n\n{wrapped(metrics['conclusion'])}\n\n{table(metrics)}"
 
@@ -139,7 +141,9 @@ def differences(metrics: Facts) -> str:
         if found["p"] is not None:
             rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])
     of_what = "users and runs" if found["scope"] == "method" else "users"
-    said = f"These {of_what} can tell a difference of {found['detectable_points']:.1f} points from 0 (80% power)."
+    names = zip(("SFT", "the control"), compared.values(), strict=False)
+    told = " and ".join(f"{one['detectable_points']:.1f} points against {name}" for name, one in names)
+    said = f"These {of_what} can tell {told} from 0 (80% power)."
     if all(verdict.letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
         said = f"{verdict.BOTH_ONE_LETTER}: more test users would not decide between them."
     elif metrics["verdict"].startswith("INCONCLUSIVE") and found["scope"] == "method":
@@ -281,6 +285,7 @@ def model_card(
     trained, stage = settings_of(run), run["stage"] if run.get("stage") in tuple(verdict.KINDS) else ""
     precision, weights = PRECISIONS[trained.get("bits", base["bits"])]
     decided = trained_settings(stage, trained) if stage else {}
+    from_base = stage == "sft_more" and trained.get("init") == "base"  # and continues no SFT
     measured: Facts = {}
     index: Facts = {}
     limits = []
@@ -314,9 +319,9 @@ def model_card(
     prompt = preference_row(Pair(("title (year)",) * 5, film, film), "A")["prompt"]
     card = ModelCard.from_template(
         card_data, str(DOCS / "model_card.md"), mark=CARD_MARK, base=base, lora=lora, run=run, trained=trained,
-        stage=stage, kind=verdict.KINDS.get(stage, ""), decided=decided, precision=precision, weights=weights,
-        stem=STEM, prompt=prompt, known=bool(decided) and isinstance(run.get("data"), dict), limits=limits,
-        measured=measured, plain=lambda value: plain(value) or "not known",
+        stage=stage, kind="SFT" if from_base else verdict.KINDS.get(stage, ""), decided=decided, precision=precision,
+        weights=weights, stem=STEM, prompt=prompt, known=bool(decided) and isinstance(run.get("data"), dict),
+        limits=limits, measured=measured, plain=lambda value: plain(value) or "not known",
     )
     return str(card) + "\n"
 

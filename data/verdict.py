@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
 KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's name for readers
@@ -96,6 +94,7 @@ def conclusion(metrics: dict[str, Any]) -> str:
     first, second = (metrics[name].partition(" (")[0] for name in ("verdict", "control_verdict"))
     gains = first in BETTER and second not in BETTER
     if second not in SAYS:
+        gains &= not (arms["sft"]["pairs_seen"] or 0) >= (arms["dpo"]["pairs_seen"] or 1)  # it was trained for less
         text = f"{dpo} {SAYS[first]} {sft}. No control was trained{', so more training may gain as much' * gains}."
     elif first == second:
         word = "or" if first == "INCONCLUSIVE" else "and"
@@ -159,7 +158,8 @@ def runs_text(arms: dict[str, Any], *names: str) -> str:
 
 def seeds_text(seeds: Sequence[str]) -> str:
     """3407 to 3416, where each is one more than the last and they are three or more; else all of them."""
-    follow = len(seeds) > 2 and all(seed.isdecimal() for seed in seeds) and np.all(np.diff(np.int64(seeds)) == 1)
+    follow = len(seeds) > 2 and all(seed.isdecimal() for seed in seeds)
+    follow = follow and [*map(int, seeds)] == [*range(int(seeds[0]), int(seeds[0]) + len(seeds))]
     return f"{seeds[0]} to {seeds[-1]}" if follow else ", ".join(seeds)
 
 
@@ -186,8 +186,10 @@ def interval_text(difference: dict[str, Any]) -> str:
 
 
 def decimals(difference: dict[str, Any]) -> int:
-    """How many a difference in points is told with: 2 where 1 would hide on which side of 0 or ±1 a bound lies."""
-    near = (abs(difference[bound] - limit) for bound in ("low", "high") for limit in (-1, 0, 1))
+    """How many a difference in points is told with: 2 where 1 would hide on which side of 0 or ±1 a bound lies, or of 2
+    the value."""
+    near = [abs(difference[bound] - limit) for bound in ("low", "high") for limit in (-1, 0, 1)]
+    near.append(abs(difference["value"] - 2))
     return 2 if any(0.005 <= distance < 0.05 for distance in near) else 1
 
 
@@ -214,7 +216,8 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
     found, measures = [], metrics["arms"][arm]
     letter = letter_always_answered(measures)
     if letter:
-        found.append(f"it answers {letter} almost always. Its ranking accuracy is 50% for that reason")
+        kept = "keeps its letter when the options are swapped," if letter == "one letter" else f"answers {letter}"
+        found.append(f"it {kept} almost always. Its ranking accuracy is 50% for that reason")
     for seed in {} if letter else measures["ranking_accuracy"].get("runs", {}):
         if of_run := letter_always_answered(measures, seed):
             counts = "Its ranking accuracy of 50% is part of the mean"
@@ -225,15 +228,16 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
         found.append(f"it is not shown to beat chance where the less popular film is the right one: {interval}")
     gap = measures["personalisation_gap"]
     if gap["value"] is not None and gap["low"] <= 0:
-        loss = f"a stranger's history costs {with_interval(gap)} points, which may be 0"
-        found.append(f"it may not use the history: {loss}")
+        loss = f"a stranger's history costs {with_interval(gap)} points"
+        found.append(f"it may not use the history: {loss}" + (", which may be 0" if gap["high"] >= 0 else ""))
     if (measures["near_ties"] or 0) > 0.05 * 2 * metrics["pairs"] * measures["seeds"]:
         close = f"{measures['near_ties']:,} of its decisions are closer than {NEAR_TIE} nats"
         found.append(f"{close}. Rounding may change them")
-    if measures["chosen_change"]["value"] is not None and measures["chosen_change"]["value"] < -1:
+    change = measures["chosen_change"]
+    if change["value"] is not None and change["value"] < -1:
         chosen, rejected = (with_interval(measures[f"{name}_change"], sign="+") for name in ("chosen", "rejected"))
         falls = f"the chosen response became less likely, {chosen} nats from the reference (rejected: {rejected})"
-        found.append(f"{falls}. This is likelihood displacement")
+        found.append(f"{falls}. This {'is' if change['high'] < 0 else 'may be'} likelihood displacement")
     return [f"{KINDS.get(arm, arm)}: {text}." for text in found]
 
 
@@ -270,13 +274,15 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
             found.append(f"{KINDS.get(arm, arm)}: it saw {seen} that DPO saw. {why}.")
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
-        if arm != metrics["control"] and also["verdict"].partition(" (")[0] not in BETTER and difference["low"] > 0:
-            found.append(f"DPO: it is not shown to rank better than {arm} either ({interval_text(also)} points).")
-    few = [arm for arm in ("sft", "dpo", *controls) if arms[arm]["seeds"] < RUNS_FOR_METHOD]
+        says = also["verdict"].partition(" (")[0]
+        if arm != metrics["control"] and says not in BETTER and (difference["low"] > 0 or also["high"] < 0):
+            found.append(f"DPO: it {SAYS[says]} {arm} ({interval_text(also)} points).")
+    few = [arm for arm in ("sft", "dpo", metrics["control"]) if arm and arms[arm]["seeds"] < RUNS_FOR_METHOD]
     if few:
         runs = "; ".join(f"{KINDS.get(arm, arm)}: {arms[arm]['seeds']}" for arm in few)
+        against = " against the control" if few == [metrics["control"]] else ""
         found.append(
-            f"Fewer than {RUNS_FOR_METHOD} training runs ({runs}): the verdict is on these adapters. "
+            f"Fewer than {RUNS_FOR_METHOD} training runs ({runs}): the verdict{against} is on these adapters. "
             "Another seed may give another result, and the intervals leave this out."
         )
     return found

@@ -91,6 +91,8 @@ def test_the_users_whom_one_arm_gets_right_and_the_other_wrong_the_clearest_firs
         "SFT right, DPO wrong": [users[0], users[3]],
         "DPO right, SFT wrong": [users[2]],
     }
+    again = pd.concat([rows, rows.assign(seed="2", decision_margin=-9 * rows["decision_margin"])])
+    assert display.user_groups(test, again, live=False) == groups, "of the first run, as they are shown"
     without_one = rows[rows["pair_id"] != users[0]]
     assert display.user_groups(test, without_one, live=False)["SFT right, DPO wrong"] == [users[3]]
     assert display.user_groups(test, None, live=True)["all test users"] == users
@@ -122,6 +124,9 @@ def test_the_pairs_are_described_as_they_are():
         "preferred film is Option A as models see it, %": "50.0",
         "preferred film is the more popular one, %": "100.0",
     }
+    assert display.described(train[:1], train[:1], "both", 0)["preferred film is the more popular one, %"] == "0.0", (
+        "by its own user alone"
+    )
     films = display.films_of(train[:20], train)
     assert list(films["role"].value_counts()) == [20, 20]
     assert dict(zip(films["title"], films["watched"], strict=True))[train[0].preferred.title] == 6, "0, 11, …, 55 of 60"

@@ -225,15 +225,16 @@ def test_no_interval_leaves_what_a_measure_can_be():
     assert found["decision_margin"]["low"] < -1, "a margin has no limits"
 
 
-def test_the_interval_of_the_calibration_error_is_about_the_error():
+@pytest.mark.parametrize("too_sure", [1.0, 1.5])
+def test_the_interval_of_the_calibration_error_is_about_the_error(too_sure):
     """Chance adds to a sum of absolute values: an interval about the sum itself lies above the truth."""
     random = np.random.default_rng(3)
     many = random.normal(0, 1.2, 1_000_000)
-    truth = np.abs(expit(many) - expit(many / 1.5)).mean()  # of an arm that is too sure
+    truth = np.abs(expit(many) - expit(many / too_sure)).mean()
     covered = 0
     for _ in range(100):
         towards_a = random.normal(0, 1.2, 1000)
-        right = random.random(1000) < expit(towards_a / 1.5)
+        right = random.random(1000) < expit(towards_a / too_sure)
         decision = np.column_stack([towards_a[right][:200], -towards_a[~right][:200]])
         value, influence, excess = calibration_error(decision, np.arange(len(decision)))
         one_run = Measured(("1",), np.array([value]), influence[None], excess, True)

@@ -90,7 +90,7 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b) for sign in (1, -1)]
     metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]))
     assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
-    assert any("DPO: it answers one letter" in caveat for caveat in metrics["caveats"])
+    assert any("DPO: it keeps its letter when the options are swapped" in caveat for caveat in metrics["caveats"])
     fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
     metrics = judged(predictions_of(sft=fair, dpo=fair))
     assert metrics["verdict"] == "PARTIAL: comparable (these adapters)"
@@ -146,8 +146,35 @@ def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, s
     assert ("an SFT that saw a quarter of the pairs" in verdicts) == (len(shares) == 1)
     assert "these adapters" not in json.dumps(metrics) + shown
     if "sft_long" in shares and "sft_more" in shares:
-        told = any("DPO: it is not shown to rank better than sft_long" in caveat for caveat in metrics["caveats"])
+        told = any("DPO: it ranks worse than sft_long (-" in caveat for caveat in metrics["caveats"])
         assert told == (shares["sft_long"] > shares["dpo"])
+
+
+def test_more_training_may_gain_as_much_only_where_sft_had_less():
+    for seen, may in ((100.0, True), (400.0, False), (800.0, False)):
+        metrics = judged(runs_of(3, {"sft": seen, "dpo": 400.0}, sft=0.6, dpo=0.7))
+        assert ("so more training may gain as much" in metrics["conclusion"]) is may
+        assert max(map(len, summary(metrics).splitlines())) <= 80
+    assert "so more training may gain as much" in judged(runs_of(3, sft=0.6, dpo=0.7))["conclusion"], "not known"
+
+
+def test_the_control_of_a_dpo_from_the_base_model_continues_no_sft():
+    rows = runs_of(3, sft=0.6, sft_more=0.7, dpo=0.8)
+    for reference, name in (("base", "longer SFT"), ("sft", "SFT, continued")):
+        metrics = judged(rows.assign(reference=np.where(rows["arm"] == "dpo", reference, "")))
+        assert f"against {name} (sft_more)" in summary(metrics)
+
+
+def test_a_value_beside_2_points_shows_on_which_side_it_lies():
+    near = {"low": 0.3, "high": 3.7}
+    told = [interval_text({"value": value, **near}) for value in (1.97, 2.04, 2.3)]
+    assert told == ["+1.97 [+0.30, +3.70]", "+2.04 [+0.30, +3.70]", "+2.3 [+0.3, +3.7]"]
+
+
+def test_another_seed_than_numpy_can_hold_is_told_as_it_is():
+    rows = predictions_of(sft=np.ones((100, 2)), dpo=np.ones((100, 2)))
+    runs = [rows.assign(seed=str(10**20 + number)) for number in range(3)]
+    assert f"seeds {10**20} to {10**20 + 2}" in judged(pd.concat(runs))["sentence"]
 
 
 def test_fewer_than_100_users_give_no_sentence_to_quote():
@@ -196,7 +223,10 @@ def test_fewer_than_three_runs_of_either_arm_are_a_verdict_on_these_adapters(sft
 def test_a_control_of_one_run_makes_the_conclusion_one_on_adapters():
     metrics = judged(pd.concat([runs_of(3, sft=0.6, dpo=0.8), runs_of(1, sft_more=0.7)]))
     assert metrics["verdict"] == "SUPPORTED" and metrics["control_verdict"] == "SUPPORTED (these adapters)"
-    assert metrics["scope"] == "adapters" and "(SFT, continued: 1)" in " ".join(metrics["caveats"])
+    told = "(SFT, continued: 1): the verdict against the control is on these adapters"
+    assert metrics["scope"] == "adapters" and told in " ".join(metrics["caveats"])
+    other = judged(pd.concat([runs_of(3, sft=0.6, sft_more=0.7, dpo=0.8), runs_of(1, sft_long=0.7)]))
+    assert other["scope"] == "method" and "on these adapters" not in " ".join(other["caveats"])
 
 
 def test_a_run_that_answers_one_letter_is_named_and_its_p_is_none():
@@ -219,6 +249,10 @@ def test_a_chosen_response_that_becomes_less_likely_is_told(falls, told):
     found = [caveat for caveat in judged(rows)["caveats"] if "likelihood displacement" in caveat]
     assert bool(found) is told
     assert not told or "-3.0 [-3.0, -3.0] nats from the reference (rejected: -9.0 [-9.0, -9.0])" in found[0]
+    assert not told or "This is likelihood" in found[0]
+    rows.loc[of_dpo, "chosen_log_prob"] += rows.loc[of_dpo, "seed"].map({"0": -9.0, "1": 0.0, "2": 9.0})
+    found = [caveat for caveat in judged(rows)["caveats"] if "likelihood displacement" in caveat]
+    assert not told or "This may be likelihood" in found[0], "the interval holds 0"
 
 
 def test_unequal_training_is_told():

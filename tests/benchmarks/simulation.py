@@ -112,7 +112,7 @@ def measured(right: np.ndarray, user_of: np.ndarray) -> measures.Measured:
     values, influence, _ = zip(*(measures.mean_of(100 * run) for run in right), strict=True)
     seeds = tuple(str(seed) for seed in range(len(right)))
     by_user = np.array([np.bincount(user_of, weights=run) for run in influence])
-    return measures.Measured(seeds, np.array(values), by_user, 0.0, True)
+    return measures.Measured(seeds, np.array(values), by_user, measures.NO_EXCESS, True)
 
 
 def page(records: list[dict]) -> str:
