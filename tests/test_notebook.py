@@ -77,9 +77,11 @@ def test_what_the_committed_notebook_shows_is_what_the_results_hold():
             assert float(column[arm_name(arm)]) == pytest.approx(found[name.replace(" ", "_")], abs=5e-4), name
     for arm in ("sft", metrics["control"]):
         found = metrics["comparisons"][f"dpo - {arm}"]
-        [told] = re.findall(rf"- DPO against {arm_name(arm)}: \*\*(.*?)\*\*, (.*?) points", shown["source"])
+        name = re.escape(arm_name(arm))
+        [told] = re.findall(rf"- \*\*Verdict: (.*?) against {name}(?: \(.*?\))?\*\*\. (.*\])", shown["source"])
         held = [found[name] for name in ("value", "low", "high")]
-        assert told[0] == found["verdict"] and numbers_of(told[1]) == pytest.approx(held, abs=0.0501)
+        numbers = numbers_of(told[1].replace("95% interval", ""))
+        assert told[0] == found["verdict"] and numbers == pytest.approx(held, abs=0.0501)
 
 
 def test_the_committed_notebook_names_no_place_of_a_machine_and_each_picture_says_what_it_shows():
@@ -160,7 +162,8 @@ def test_the_notebook_runs_on_an_evaluation_and_without_one(executed, evaluated)
         assert first[name].count("p = ") == 6
     assert "3 test users" in first["batch-users"] and "to quote" not in first["batch-users"]
     verdict = read_json(evaluation / "metrics.json")["verdict"]
-    assert f"DPO against SFT: **{verdict}**" in first["source"] and verdict.partition(" (")[0] in first["summary"]
+    assert f"- **Verdict: {verdict} against an SFT that saw half of the pairs**" in first["source"]
+    assert verdict.partition(" (")[0] in first["summary"]
     assert r"\toprule" in first["latex-table"]
     assert files_of(evaluation) == before
     assert (evaluation.parent / "notebook" / "figures" / "accuracy.pdf").is_file()
