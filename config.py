@@ -265,6 +265,8 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], fields, n=1)
         _refuse(f"unknown setting {unknown[0]}", f"Did you mean --{near[0]}? " if near else "")
     settings.preset = preset
+    if Path(settings.base_model).is_dir():
+        settings.base_model = os.path.abspath(settings.base_model)  # run.json is read from other folders, too
     if not Path(settings.pairs).exists() and (ROOT / settings.pairs).exists():
         settings.pairs = str(ROOT / settings.pairs)  # the project's own, from another working directory
     print(f"preset {preset}{reason}")
@@ -360,7 +362,7 @@ def planned_runs(settings: TrainingSettings) -> list[Run]:
         stages = [stage for stage in STAGES if not left_out.get(stage)]
     for seed in range(settings.seed, settings.seed + settings.seeds):
         place = settings.outputs if seed == settings.seed else str(Path(settings.outputs) / f"seed{seed}")
-        own = dataclasses.replace(settings, seed=seed, outputs=place)
+        own = dataclasses.replace(settings, seed=seed, seeds=1, outputs=place)
         sft = Path(settings.sft_adapter or adapter_folder(own, "sft"))
         start = sft if settings.init == "sft" else None
         planned += [Run(stage, own, None if stage == "sft" else start) for stage in stages]

@@ -51,6 +51,8 @@ from data.tokens import pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import change_text, judge
 
+MADE_OF_THEM = ("metrics.json", "interaction.json", "report.md", "table.tex")  # of predictions
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
@@ -70,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows, answers, seconds = predict(settings, train, test, adapters)
             if config.RANK != 0:
                 return
-            generation = save(folder, rows, answers)
+            remove(folder, "predictions.csv", "generations.csv", "generation.json", *MADE_OF_THEM)
             run = run_record(settings, train, test, adapters, mismatches, seconds)
             write_json(folder / RUN, run)  # its mismatches are kept, whatever fails below
+            generation = save(folder, rows, answers)
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
         # measures and verdict
-        remove(folder, "metrics.json", "interaction.json", "report.md", "table.tex")
+        remove(folder, *MADE_OF_THEM)
         began = time.monotonic()
         metrics = judge(compute_metrics(predictions))
         changes = interaction(predictions, others) if others is not None else {}
@@ -194,7 +197,8 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
             raise UserError(f"--adapters {text}", remedy)
-        given[name] = [Path(path).expanduser() for path in paths.split(",")]
+        parts = [paths] if Path(paths).is_dir() else paths.split(",")
+        given[name] = [Path(path).expanduser() for path in parts]
     found = {stage: config.adapters_there(settings, stage) for stage in STAGES}
     needed = () if given and not found.keys() & given.keys() else ("sft", "dpo")
     usual = {stage: there or [config.adapter_folder(settings, stage)] for stage, there in found.items()}

@@ -143,6 +143,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
             shutil.rmtree(checkpoints, ignore_errors=True)
     took = f"in {steps} steps, {run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB"
     print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took} -> {folder}", flush=True)
+    if (wandb := sys.modules.get("wandb")) and getattr(wandb, "run", None):
+        wandb.finish()  # or the next stage would go into the same run
     del trainer
     release_memory()
 
@@ -260,6 +262,8 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             if self.stopping:
                 control.should_save = control.should_training_stop = True
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # or run.json would not have the last loss
 
         def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -324,6 +328,7 @@ def build_trainer(stage: str, settings: TrainingSettings, data: Data, start: Pat
     if stage != "dpo":
         rows, watched = ([{"prompt": row["prompt"], "completion": row["chosen"]} for row in part] for part in data[:2])
     shared, kind = shares_prompt(settings), DPOTrainer if stage == "dpo" else SFTTrainer
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.outputs) / "logs" / stage)  # checkpoints are removed
     if shared:
         kind = tree_trainer(stage, in_one_row(settings), bool(settings.cuda_graphs))
     # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
@@ -551,6 +556,19 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
                 return _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, chunk)
 
     class TreeDPOTrainer(TreeTrainer):
+        usual_rows: float | None = None  # of a step's micro-batches, on average
+
+        def get_batch_samples(self, *arguments, **more):
+            batches, count = super().get_batch_samples(*arguments, **more)
+            self.usual_rows = statistics.fmean(len(batch["input_ids"]) for batch in batches) if batches else None
+            return batches, count
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            """Of a step's micro-batches the last of a pass may be short: its rows count as much as any."""
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            alone = return_outputs or not model.training or not self.usual_rows
+            return found if alone else found * (len(inputs["input_ids"]) / self.usual_rows)
+
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
             found, mask = self.response_log_probs(model, model_kwargs), completion_mask[:, 1:].bool()
@@ -817,8 +835,10 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     for start in dict.fromkeys(run.start for run in planned if run.stage != "sft"):
         found, remedy = "the base model" if start is None else f"{start}, trained first", ""
         if start and (start not in trained or start.is_dir()):
-            size = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
-            found, remedy = starting_point(start, base, ids_digest(test), config.LORA_TARGETS, size)
+            goes_on = any(run.stage == "sft_more" and run.start == start for run in planned)  # DPO has no dropout
+            names = ("lora_rank", "lora_alpha", *["lora_dropout"][:goes_on])
+            asked = {name: getattr(settings, name) for name in names}
+            found, remedy = starting_point(start, base, ids_digest(test), config.LORA_TARGETS, asked)
         checks.append(("starts from", found, remedy))
     return [*checks, ("trainer", *libraries_settings(settings, steps))]
 

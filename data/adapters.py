@@ -124,9 +124,12 @@ def first_not_finite(weights: Path) -> str:
 
 
 def starting_point(
-    folder: Path, base: Base, test_digest: str, targets: Collection[str], size: dict[str, int]
+    folder: Path, base: Base, test_digest: str, targets: Collection[str], asked: dict[str, float]
 ) -> tuple[str, str]:
-    """An adapter to start training from, and what to do where it does not fit; `size` is the rank and alpha asked."""
+    """An adapter to start training from, and what to do where it does not fit.
+
+    asked: lora_rank and lora_alpha and, where SFT goes on, lora_dropout: training goes on with the adapter's own.
+    """
     if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
     if read_run(folder).get("stage") == "dpo":
@@ -135,8 +138,8 @@ def starting_point(
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
         return f"{folder}, an adapter with {', '.join(kind)}", remedy
     lora = read_json(folder / CONFIG)
-    found = {"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}  # DPO goes on with them
-    other = " ".join(f"--{name} {value}" for name, value in found.items() if value != size[name])
+    found = {name: lora.get(name.replace("lora_rank", "r")) for name in asked}
+    other = " ".join(f"--{name} {value}" for name, value in found.items() if value != asked[name])
     return (f"{folder}, which has {other}", f"Give {other}, or train SFT again.") if other else (str(folder), "")
 
 

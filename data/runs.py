@@ -180,7 +180,7 @@ def pairs_seen(folder: Path) -> int:
 
 def notes_on(adapters: Adapters, bits: int) -> list[str]:
     """What predictions cannot show: runs of an arm not alike, other bits, or DPO from another SFT than beside it."""
-    notes = []
+    notes, unlike = [], list[str]()
     for arm, folders in adapters.items():
         runs = [read_run(folder) for folder in folders.values()]
         known = [run for run in runs if settings_of(run) and run.get("stage") in STAGES]
@@ -192,11 +192,20 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
         read_in = f"is read here on weights in {bits}"
         notes += [f"{arm} was trained on weights in {other} bits and {read_in}" for other in sorted(trained)]
         starts = {seed: run.get("initial_adapter_sha256") for seed, run in zip(folders, runs, strict=True)}
-        sfts = adapters.get("sft", {}) if arm == "dpo" and any(starts.values()) else {}
+        sfts = adapters.get("sft", {}) if arm in ("sft_more", "dpo") and any(starts.values()) else {}
         sfts = {seed: read_run(sft).get("copy_of_sha256") or file_sha256(sft / WEIGHTS) for seed, sft in sfts.items()}
         only = next(iter(sfts.values())) if len(sfts) == 1 else None
         if sfts and any(start and start != sfts.get(seed, only) for seed, start in starts.items()):
-            notes.append("dpo began with another SFT adapter than the run of sft that it is referred to")
+            notes.append(f"{arm} began with another SFT adapter than the run of sft that it is compared with")
+        if len(starts) > 1 and len({*starts.values()}) == 1 and all(starts.values()):
+            notes.append(f"all runs of {arm} began with one SFT adapter: intervals leave out how runs of SFT differ")
+    more, dpo = (adapters.get(arm, {}) for arm in ("sft_more", "dpo"))
+    for seed in more.keys() & dpo.keys():
+        both = [(arm, settings_of(read_run(of[seed]))) for arm, of in (("sft_more", more), ("dpo", dpo))]
+        one, other = (trained_settings(stage, had) if had else {} for stage, had in both)
+        unlike += [name for name in one.keys() & other.keys() if one[name] != other[name]]
+    if unlike:
+        notes.append(f"the control sft_more was trained otherwise than dpo, in {', '.join(sorted({*unlike}))}")
     return notes
 
 

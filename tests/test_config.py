@@ -98,6 +98,13 @@ def test_a_settings_file_may_stand_anywhere_and_serve_both_scripts(tmp_path, cap
     assert found.outputs == "a.json", "what follows a flag is its value"
 
 
+def test_a_base_model_is_one_folder_wherever_it_is_named_from(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse_settings(EvaluationSettings, ["--base_model", "tiny"]).base_model == str(tmp_path / "tiny")
+    assert parse_settings(EvaluationSettings, ["--base_model", "a/hub-id"]).base_model == "a/hub-id"
+
+
 KINDS = (TrainingSettings, EvaluationSettings)
 flags_of_both = st.sampled_from([f"--{name}" for kind in KINDS for name in kind.__dataclass_fields__])
 odd_numbers = ["-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e999", "4"]

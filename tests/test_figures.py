@@ -140,6 +140,11 @@ def test_no_point_lies_under_a_label_of_the_margins():
     assert not any(text.get_window_extent().contains(*point) for text in axis.texts for point in at)
 
 
+def test_no_empty_figure_is_drawn_where_too_few_users_have_such_pairs(predictions):
+    few = predictions[predictions["pair_id"].isin(predictions["pair_id"].unique()[:20])]
+    assert "popularity" not in draw_all(None, metrics_of(few))
+
+
 def test_each_run_is_one_cross_beside_the_mean(predictions, figures):
     right = predictions[predictions["kind"] == "model"].assign(right=lambda rows: 100 * (rows["decision_margin"] > 0))
     expected = right.groupby(["arm", "seed"], sort=False)["right"].mean()

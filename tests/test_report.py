@@ -234,6 +234,15 @@ def test_a_card_names_the_weights_that_a_copy_is_of(mine, study):
     assert file_sha256(adapter / WEIGHTS) not in card
 
 
+def test_a_control_that_began_with_the_base_model_is_called_so(mine, study):
+    adapter = adapter_of(mine[1], "sft")
+    run = read_json(adapter / "run.json")
+    for init, says in (("base", "by SFT from the base model"), ("sft", "by SFT, continued from the SFT adapter")):
+        changed = {"stage": "sft_more", "settings": run["settings"] | {"init": init}}
+        (adapter / "run.json").write_text(json.dumps(run | changed))
+        assert says in model_card(adapter, base_of(mine[1]))
+
+
 def test_llama_3_is_named_with_its_licence(study):
     card = model_card(adapter_of(study[0]), config.base_facts(preset_settings(EvaluationSettings, "thesis")))
     assert (ModelCard(card).data.base_model, ModelCard(card).data.license) == ("unsloth/llama-3-8b-bnb-4bit", "llama3")

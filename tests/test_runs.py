@@ -133,11 +133,30 @@ def test_training_runs_of_an_arm_that_are_not_alike_are_noted(trained, tmp_path)
     runs = {}
     earlier = {"seed": 2, "outputs": "elsewhere", "push_to_hub": "films", "merge": "merged"}  # two that are no more
     for seed, changes in {"1": {}, "2": earlier, "3": {"beta": 0.5}}.items():
-        runs[seed] = run_in(tmp_path / seed, **dpo | {"settings": dpo["settings"] | changes})
+        own = {"settings": dpo["settings"] | changes, "initial_adapter_sha256": seed}
+        runs[seed] = run_in(tmp_path / seed, **dpo | own)
     assert notes_on({"dpo": runs}, 4) == ["the training runs of dpo differ in beta, not in their seed alone"]
+    one = {seed: run_in(runs[seed], **read_run(runs[seed]) | {"initial_adapter_sha256": "one"}) for seed in "12"}
+    assert notes_on({"dpo": one}, 4) == [
+        "all runs of dpo began with one SFT adapter: intervals leave out how runs of SFT differ"
+    ]
+    runs |= {seed: run_in(one[seed], **read_run(one[seed]) | {"initial_adapter_sha256": seed}) for seed in "12"}
     strange = run_in(runs.pop("3"), stage=["dpo"], settings={"beta": 1})
     assert notes_on({"dpo": {"3": strange}}, 4) == [], "somebody's run.json may say anything"
     assert notes_on({"dpo": runs}, 4) == []
+
+
+def test_a_control_that_is_none_of_this_dpo_is_noted(trained, tmp_path):
+    dpo, sft = (read_run(adapter_of(trained[1], stage)) for stage in ("dpo", "sft"))
+    more = dpo | {"stage": "sft_more"}
+    folders = {arm: {"1": run_in(tmp_path / arm, **run)} for arm, run in (("dpo", dpo), ("sft_more", more))}
+    folders = {"sft": {"1": adapter_of(trained[1], "sft")}} | folders
+    assert notes_on(folders, 4) == [] and sft["stage"] == "sft"
+    run_in(tmp_path / "sft_more", **more | {"initial_adapter_sha256": "another"})
+    told = "sft_more began with another SFT adapter than the run of sft that it is compared with"
+    assert notes_on(folders, 4) == [told]
+    run_in(tmp_path / "sft_more", **more | {"settings": dpo["settings"] | {"effective_batch": 2, "learning_rate": 1}})
+    assert notes_on(folders, 4) == ["the control sft_more was trained otherwise than dpo, in effective_batch"]
 
 
 def test_what_dpo_began_with_is_noted(mine):
@@ -159,7 +178,7 @@ def test_what_dpo_began_with_is_noted(mine):
     assert len(mismatches) == 2 and "dpo_4bit_final began with an adapter without run.json" in mismatches[1]
     assert json.loads((dpo / "run.json").read_text())["initial_adapter_known"] is False
     train_dpo.main([*training, "--stage", "sft", "--seed", "8", "--restart", "true"])
-    assert notes_on(adapters, 4) == ["dpo began with another SFT adapter than the run of sft that it is referred to"]
+    assert notes_on(adapters, 4) == ["dpo began with another SFT adapter than the run of sft that it is compared with"]
     assert notes_on({"dpo": {"1": dpo}}, 4) == []
     started = json.loads((dpo / "run.json").read_text())["initial_adapter_sha256"]
     run = json.loads((sft / "run.json").read_text())

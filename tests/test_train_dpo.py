@@ -186,6 +186,7 @@ def test_each_further_run_has_its_seed_in_a_folder_of_its_own(training_flags, tm
     first = [f"{stem}_{stage}_4bit_final" for stage in ("sft", "sft_more", "dpo")]
     assert names == first + [f"seed3408/{name}" for name in first]
     assert [run.settings.seed for run in planned] == [3407] * 3 + [3408] * 3
+    assert config.planned_runs(planned[4].settings)[1] == planned[4], "its settings alone make it again"
     assert planned[4].start == planned[5].start == planned[3].folder
     assert [run.stage for run in config.planned_runs(settings_of([*flags, "--sft_adapter", "mine"]))] == [
         *("sft_more", "dpo", "sft_more", "dpo")
@@ -714,6 +715,36 @@ def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch, sta
         watched.append([row["eval_loss"] for row in run_of(flags, stage)["log_history"] if "eval_loss" in row])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][0] != losses[0][-1]
     assert watched[1] == pytest.approx(watched[0], abs=1e-4) and watched[0]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_micro_batch_changes_only_rounding(training_flags, tmp_path, monkeypatch, stage):
+    """13 rows in steps of 8: the last one is of 5, in micro-batches of 4 and 1, whose rows count alike."""
+    monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
+    flags = [*training_flags, "--init", "base", "--stage", stage, "--max_pairs", "13", "--bits", "16"]
+    flags += ["--effective_batch", "8", "--max_steps", "-1", "--learning_rate", "0.01", "--sft_learning_rate", "0.01"]
+    sizes = {size: [*flags, "--batch_size", size, "--outputs", str(tmp_path / size)] for size in ("4", "8")}
+    for one in sizes.values():
+        train_dpo.main(one)
+    four, eight = (weights_of(one, stage) for one in sizes.values())
+    assert max((four[name] - weight).abs().max() for name, weight in eight.items()) < 1e-3
+    assert max(weight.abs().max() for name, weight in eight.items() if "lora_B" in name) > 5e-3, "it was trained"
+
+
+def test_the_last_loss_is_in_the_log_and_a_trackers_log_stays(training_flags, tmp_path):
+    flags = [*training_flags, "--stage", "sft", "--max_steps", "4", "--logging_steps", "3", "--eval_steps", "9"]
+    train_dpo.main(flags)
+    found = [entry["step"] for entry in run_of(flags, "sft")["log_history"] if "loss" in entry]
+    assert found == [1, 3, 4] and run_of(flags, "sft")["last_loss"] == losses_of(flags, "sft")[-1]
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "outputs" / "logs" / "sft")
+
+
+def test_a_start_of_another_dropout_is_refused_where_sft_goes_on(training_flags, tmp_path):
+    train_dpo.main([*training_flags, "--stage", "sft", "--lora_dropout", "0.5"])
+    start = ["--sft_adapter", str(folder_of(training_flags, "sft")), "--outputs", str(tmp_path / "more")]
+    with pytest.raises(UserError, match="which has --lora_dropout 0.5"):
+        train_dpo.main([*training_flags, *start, "--stage", "sft_more"])
+    train_dpo.main([*training_flags, *start, "--stage", "dpo", "--max_steps", "1"])
 
 
 def test_the_reference_is_computed_once_and_for_its_own_adapter_only(training_flags, monkeypatch):
