@@ -118,9 +118,6 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
             shutil.rmtree(leftover, ignore_errors=True)
         trainer, fitted = train_within_memory(stage, settings, data, start)
         history, steps = trainer.state.log_history, trainer.state.global_step
-        looked = any("eval_loss" in entry and entry["step"] == steps for entry in history)
-        if trainer.eval_dataset is not None and not looked:
-            trainer.evaluate()
         losses = [entry["loss"] for entry in history if "loss" in entry]
         seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
@@ -189,7 +186,7 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
             return trainer, {
                 "batch_size": batch_size, "gradient_checkpointing": checkpointing,
                 "trainer": "shared" if shares_prompt(settings) else "stock",
-                "cuda_graphs": graphs_of(trainer),
+                "cuda_graphs": len(getattr(getattr(trainer, "hidden_states", None), "captured", ())),
                 "resumed_from_step": checkpoint and int(checkpoint.name.rpartition("-")[2]),
             }
         except torch.OutOfMemoryError:
@@ -262,8 +259,8 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             if self.stopping:
                 control.should_save = control.should_training_stop = True
-            if state.global_step >= state.max_steps:
-                control.should_log = True  # or run.json would not have the last loss
+            if state.global_step >= state.max_steps:  # or run.json would not have the last losses
+                control.should_log, control.should_evaluate = True, trainer.eval_dataset is not None
 
         def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -686,11 +683,6 @@ class Graphs:
         self.kept = [*model.buffers(), *tensors]
 
 
-def graphs_of(trainer: Any) -> int:
-    """How many CUDA graphs a trainer uses."""
-    return len(getattr(getattr(trainer, "hidden_states", None), "captured", ()))
-
-
 def first_inputs(trainer: Any, count: int) -> dict[str, Any]:
     """The batch that the first training rows make."""
     rows = [trainer.train_dataset[index] for index in range(min(count, len(trainer.train_dataset)))]
@@ -836,8 +828,8 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
         found, remedy = "the base model" if start is None else f"{start}, trained first", ""
         if start and (start not in trained or start.is_dir()):
             goes_on = any(run.stage == "sft_more" and run.start == start for run in planned)  # DPO has no dropout
-            names = ("lora_rank", "lora_alpha", *["lora_dropout"][:goes_on])
-            asked = {name: getattr(settings, name) for name in names}
+            asked = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+            asked |= {"lora_dropout": settings.lora_dropout} if goes_on else {}
             found, remedy = starting_point(start, base, ids_digest(test), config.LORA_TARGETS, asked)
         checks.append(("starts from", found, remedy))
     return [*checks, ("trainer", *libraries_settings(settings, steps))]

@@ -736,6 +736,7 @@ def test_the_last_loss_is_in_the_log_and_a_trackers_log_stays(training_flags, tm
     train_dpo.main(flags)
     found = [entry["step"] for entry in run_of(flags, "sft")["log_history"] if "loss" in entry]
     assert found == [1, 3, 4] and run_of(flags, "sft")["last_loss"] == losses_of(flags, "sft")[-1]
+    assert [entry["step"] for entry in run_of(flags, "sft")["log_history"] if "eval_loss" in entry] == [4]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "outputs" / "logs" / "sft")
 
 

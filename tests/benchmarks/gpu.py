@@ -276,7 +276,7 @@ def run_case(case: dict) -> dict:
     shape = trainer.model.config
     in_matrices = weights - shape.vocab_size * shape.hidden_size
     flop = in_matrices * (6 if stage == "dpo" and not shared else 4) * computed / len(rows)
-    graphs = train_dpo.graphs_of(trainer)
+    graphs = len(getattr(getattr(trainer, "hidden_states", None), "captured", ()))
     return {
         "device": config.environment_facts()["device"],
         "shape": case["shape"],
