@@ -328,8 +328,9 @@ def build_trainer(stage: str, settings: TrainingSettings, data: Data, start: Pat
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.outputs) / "logs" / stage)  # checkpoints are removed
     if shared:
         kind = tree_trainer(stage, in_one_row(settings), bool(settings.cuda_graphs))
-    # in 8 bits what is rounded depends on all rows of a batch: the remembered reference may be off by a nat
-    health = training_health(stage, settings.beta if shared and settings.bits == 8 else 1e-3)
+    # other rows in a batch round in another way, unless in float32: the remembered reference may be off by a nat
+    rounds = config.training_dtype() != torch.float32 or settings.bits == 8
+    health = training_health(stage, settings.beta if shared and rounds else 1e-3)
     sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(watched) if watched else None}
     about = {"args": trainer_arguments(stage, settings, batch_size), "callbacks": [health]}
     trainer = kind(model=model, processing_class=tokenizer, **sets, **about, **adapter)
@@ -367,6 +368,7 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
         "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": False, "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # or each batch would wait for the last step
         "eval_strategy": "steps" if watched else "no", "eval_steps": settings.eval_steps if watched else None,
         "save_steps": settings.save_steps, "save_total_limit": 2, "disable_tqdm": False,
         "logging_steps": settings.logging_steps, "logging_first_step": True,
@@ -395,7 +397,7 @@ def keep_adapter_in_float32(model: Any) -> None:
             weight.data = source.detach().float().clone()
 
 
-def training_health(stage: str, tolerance: float = 1e-3) -> Any:
+def training_health(stage: str, tolerance: float) -> Any:
     """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart.
 
     tolerance: how far from 0 the first reward margin may be, and from ln 2 the first loss.
@@ -555,6 +557,12 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
     class TreeDPOTrainer(TreeTrainer):
         usual_rows: float | None = None  # of a step's micro-batches, on average
 
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            gather, for_metrics = self.accelerator.gather, self.accelerator.gather_for_metrics  # of what TRL will log
+            self.accelerator.gather = lambda values: gather(values).as_subclass(Later)
+            self.accelerator.gather_for_metrics = lambda values: for_metrics(values).as_subclass(Later)
+
         def get_batch_samples(self, *arguments, **more):
             batches, count = super().get_batch_samples(*arguments, **more)
             self.usual_rows = statistics.fmean(len(batch["input_ids"]) for batch in batches) if batches else None
@@ -565,6 +573,11 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             alone = return_outputs or not model.training or not self.usual_rows
             return found if alone else found * (len(inputs["input_ids"]) / self.usual_rows)
+
+        def log(self, logs, start_time=None):
+            for found in self._metrics.values():
+                found |= {name: [float(value) for value in values] for name, values in found.items()}
+            super().log(logs, start_time)
 
         def _get_per_token_logps_and_entropies(self, model, model_kwargs, input_ids, completion_mask):
             """Log-probabilities and entropies (2 pairs, tokens - 1) of rows that hold all chosen, then all rejected."""
@@ -619,6 +632,16 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
     nodes = {"input_ids": batch["tree_tokens"], "position_ids": batch["tree_positions"]}
     with torch._dynamo.config.patch(suppress_errors=False):  # Unsloth sets it: what fails would run on, slow and large
         return model(**nodes, prefix_seg_info=kernel.PrefixSegInfo(**places), use_cache=False).last_hidden_state
+
+
+class Later(torch.Tensor):
+    """Numbers that are read when they are logged: to read one in the middle of a step is to wait for the GPU."""
+
+    def item(self) -> Any:
+        return self.detach()
+
+    def __bool__(self) -> bool:
+        return True  # a count of response tokens, which every row has
 
 
 class OwnGradients(torch.autograd.Function):
