@@ -485,17 +485,20 @@ def test_a_wrong_reference_stops_the_run(training_flags, monkeypatch):
     train_dpo.main(dpo)
 
 
-def test_in_bfloat16_a_remembered_reference_may_be_rounded(training_flags, monkeypatch):
-    """Other rows beside it, or another padded length, and a response of a large model changes by a part of a nat."""
-    dpo = [*training_flags, "--stage", "dpo", "--init", "base"]
-    monkeypatch.setattr(config, "training_dtype", lambda: torch.bfloat16)
-    train_dpo.main(dpo)
-    [file] = Path(settings_of(training_flags).outputs).glob("*_reference/*.json")
-    chosen_later = {key: [chosen - 0.3, rejected] for key, (chosen, rejected) in json.loads(file.read_text()).items()}
-    file.write_text(json.dumps(chosen_later))
-    shutil.rmtree(folder_of(dpo, "dpo"))
-    train_dpo.main(dpo)
-    assert run_of(dpo, "dpo")["log_history"][0]["rewards/margins"] == pytest.approx(0.1 * 0.3, abs=0.01)
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "flags", "tolerance"),
+    [
+        (True, torch.bfloat16, {}, 0.2),  # the lengths of a batch round the sums of an adapter in another way
+        (True, torch.bfloat16, {"trainer": "stock"}, 1e-3),
+        (True, torch.float32, {}, 1e-3),
+        (False, torch.bfloat16, {}, 1e-3),
+        (False, torch.float32, {"bits": 8}, 0.2),
+    ],
+)
+def test_a_remembered_reference_may_be_rounded_by_the_rows_beside_it(monkeypatch, cuda, dtype, flags, tolerance):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(config, "training_dtype", lambda: dtype)
+    assert train_dpo.first_loss_tolerance(TrainingSettings(beta=0.2, **flags)) == tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -726,11 +729,12 @@ def test_both_trainers_learn_the_same(training_flags, tmp_path, monkeypatch, sta
         train_dpo.main([*flags, "--learning_rate", "0.01", "--sft_learning_rate", "0.01"])
         logs.append(run_of(flags, stage)["log_history"][:-1])  # the last one says how long it took
     assert any("eval_loss" in entry for entry in logs[0]) and logs[0][0]["loss"] != logs[0][-2]["loss"]
+    trained = {"loss", "grad_norm"} | ({"entropy", "num_tokens", "rewards/margins"} if stage == "dpo" else set())
     for one, other in zip(*logs, strict=True):
-        same = [name for name in one.keys() & other.keys() if "runtime" not in name and "per_second" not in name]
-        assert {"loss", "grad_norm"} <= set(same) or "eval_loss" in same
-        assert stage == "sft" or "grad_norm" not in same or {"entropy", "num_tokens", "rewards/margins"} <= set(same)
-        assert {name: other[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-4, abs=1e-4)
+        same = {name for name in one.keys() & other.keys() if "runtime" not in name and "per_second" not in name}
+        assert trained <= same or "eval_loss" in same
+        one, other = ({name: entry[name] for name in same} for entry in (one, other))
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
