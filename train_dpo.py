@@ -106,7 +106,7 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     kind = "shared" if shares_prompt(settings) else "stock"
     origin = f"the adapter {start}" if start else "the base model"
     model = f"{settings.bits}-bit {settings.base_model}"
-    print(f"{stage}: {len(data.rows):,} rows from {origin}, {model}, {kind} trainer", flush=True)
+    print(f"{stage}: {len(data.rows):,} rows from {origin}\n  {model}, {kind} trainer", flush=True)
     start_sha256 = file_sha256(start / WEIGHTS) if start else None
     how = {"backend": config.backend_of(settings), "processes": config.PROCESSES}
     identity = runs.decisive(stage, vars(settings), data.split["pairs_sha256"], start_sha256) | how
@@ -139,7 +139,7 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         if config.RANK == 0:
             shutil.rmtree(checkpoints, ignore_errors=True)
     took = f"in {steps} steps, {run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB"
-    print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took} -> {folder}", flush=True)
+    print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took}\n  -> {folder}", flush=True)
     if (wandb := sys.modules.get("wandb")) and getattr(wandb, "run", None):
         wandb.finish()  # or the next stage would go into the same run
     del trainer
