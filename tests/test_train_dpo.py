@@ -592,6 +592,7 @@ def loss_and_gradients(trainer, examples, count=None):
     loss.backward()
     logged = trainer._metrics["train"].items()
     logs = {name: values[-1] for name, values in logged if name.startswith(("logps", "rewards"))}
+    assert not any(getattr(value, "requires_grad", False) for value in logs.values()), "a step's memory is given back"
     weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     return loss.item(), logs, {name: weight.grad.clone() for name, weight in weights.items()}
 
