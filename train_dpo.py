@@ -398,8 +398,8 @@ def keep_adapter_in_float32(model: Any) -> None:
 def first_loss_tolerance(settings: TrainingSettings) -> float:
     """How far DPO's first loss may be from ln 2, and its first reward margin from 0.
 
-    A remembered reference was computed among other rows: where these change the rounding, it may be off by a nat. On a
-    CPU they do in 8 bits alone, since all batches have one length.
+    A remembered reference was computed among other rows. Where these change the rounding, it may be off by a nat. On a
+    CPU all batches have one length, so only 8 bits are rounded by other rows.
     """
     rounds = settings.bits == 8 or (torch.cuda.is_available() and config.training_dtype() != torch.float32)
     return settings.beta if rounds and shares_prompt(settings) else 1e-3
@@ -640,7 +640,7 @@ def flat_hidden_states(model: Any, batch: dict[str, Any]) -> Any:
 
 
 class Later(torch.Tensor):
-    """Numbers that are read when they are logged: to read one in the middle of a step is to wait for the GPU."""
+    """Numbers that are read when they are logged. Reading one within a step would wait for the GPU."""
 
     def item(self) -> Any:
         return self.detach()
