@@ -1,7 +1,7 @@
 """What the documents say is what the programs do.
 
 Their shell blocks are run by bash with stand-ins for the programs, which write down what they were called with. All of
-it is parsed by the programs' own parsers; what is not marked `<!-- needs ... -->` is then run, with a tiny model.
+it is parsed by the programs' own parsers, then run with a tiny model, but for the study and a second machine.
 """
 
 import ast
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -170,33 +169,60 @@ def uploads(monkeypatch):
     return made
 
 
-def test_the_blocks_that_need_no_gpu_run_one_after_the_other(
-    ratings, uploads, tiny_model, tmp_path, monkeypatch, capsys
-):
-    """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one.
-
-    What makes the environment and what opens it (venv, pip, pytest, jupyter) is left to `.ci/run`.
-    """
-    monkeypatch.setattr(config, "CACHE", tmp_path / "cache")
+@pytest.fixture
+def stand_ins(ratings, uploads, tiny_model, tmp_path, monkeypatch):
+    """A folder to run blocks in; both base models are a tiny one, and what is made up comes from nowhere else."""
+    monkeypatch.setattr(config, "model_path", lambda name: str(tiny_model))
     monkeypatch.setattr(build_pairs, "HERE", tmp_path / "data")
-    shutil.copytree(tiny_model, config.CACHE / config.SMALL_MODEL)
     monkeypatch.chdir(tmp_path)
+
+
+def run_block(block: str, folder: Path, monkeypatch, *flags: str) -> None:
+    """What a block calls, with more flags for the two programs; `.ci/run` runs what makes and opens the environment."""
+    for words in calls_of(block, folder):
+        script, given = script_and_flags(words)
+        if script:
+            more = flags if script in ("train_dpo.py", "evaluate_dpo.py") and "--preset" not in given else ()
+            monkeypatch.setattr(sys, "argv", [script, *more, *given])
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        elif words[0] == "hf":
+            upload(*words[2:])
+        elif words[1] == "-c":
+            at_root = {"capture_output": True, "env": os.environ | {"PYTHONPATH": str(config.ROOT)}}
+            print(subprocess.run([sys.executable, *words[1:]], check=True, text=True, **at_root).stdout)
+
+
+NEED_A_GPU = [
+    (path.stem, block)
+    for path in DOCUMENTS
+    for needed, block in blocks(path)
+    if needed == "a GPU" and path.parent.name != "results"  # the study itself: tests/test_experiment.py
+]
+
+
+@pytest.mark.parametrize(("document", "block"), NEED_A_GPU)
+def test_the_blocks_that_need_a_gpu_run_with_a_tiny_model(document, block, stand_ins, tmp_path, monkeypatch, capsys):
+    """Word for word, in the preset of a GPU, but for one step a stage and no generated answers."""
+    monkeypatch.setitem(config.PRESETS, "thesis", {"max_steps": 1, "validation_pairs": 8, "generate_users": 0})
+    before = "python data/build_pairs.py --source ml-1m --download --output data/contrastive_rec_train.jsonl\n"
+    before += "python train_dpo.py --stage sft\n" if document == "hyperparameters" else ""
+    run_block(before + block, tmp_path, monkeypatch, "--preset", "thesis")
+    said = capsys.readouterr().out
+    assert said.count("verdict: ") == block.count("evaluate_dpo.py") + 2 * block.count("for rate in"), said[-2000:]
+
+
+def test_the_blocks_that_need_no_gpu_run_one_after_the_other(
+    stand_ins, uploads, tiny_model, tmp_path, monkeypatch, capsys
+):
+    """README, then quickstart, then the rest, word for word, in one folder; the small model is a tiny one."""
     order = ["README.md", "docs/quickstart.md", "docs/hyperparameters.md", "docs/thesis.md"]
     runs_here = [path for path in DOCUMENTS if any(not needed for needed, _ in blocks(path))]
     assert {path.relative_to(config.ROOT).as_posix() for path in runs_here} == set(order)
     said = []
     for name in order:
         for needed, block in blocks(config.ROOT / name):
-            for words in [] if needed else calls_of(block, tmp_path):
-                script, flags = script_and_flags(words)
-                if script:
-                    monkeypatch.setattr(sys, "argv", [script, *flags])
-                    importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
-                elif words[0] == "hf":
-                    upload(*words[2:])
-                elif words[1] == "-c":
-                    at_root = {"capture_output": True, "env": os.environ | {"PYTHONPATH": str(config.ROOT)}}
-                    print(subprocess.run([sys.executable, *words[1:]], check=True, text=True, **at_root).stdout)
+            if not needed:
+                run_block(block, tmp_path, monkeypatch)
                 said.append(capsys.readouterr().out)
     metrics = json.loads(Path("outputs/evaluation/metrics.json").read_text())
     assert said[-1].strip().splitlines() == [metrics["sentence"], *metrics["caveats"]]
