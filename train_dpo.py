@@ -43,7 +43,7 @@ from data.errors import Check, UserError, failed_kernel, print_checks, printable
 from data.figures import draw_losses
 from data.files import file_sha256, only_run_in, read_json, seal, whole_folder, write_json
 from data.machine import PACKAGES, peak_process_memory, unmet_requirements
-from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows, warnings_on
+from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows, prompt_digest, warnings_on
 from data.report import write_card
 from data.runs import RUN, WEIGHTS
 from data.tokens import check_tokenized, check_tokens, labels_of, longest_in_tokens, pair_tree, placed_trees, tree_of
@@ -60,8 +60,6 @@ class Data(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(TrainingSettings, arguments)
-    config.quiet_libraries()
-
     # pairs
     train, test = config.load_split(settings)
     used, validation = hold_back(train, settings.validation_pairs, settings.max_pairs)
@@ -72,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # rows
     split = {"pairs_sha256": file_sha256(settings.pairs), "train_pairs": len(used), "train_digest": ids_digest(used)}
     split |= {"validation_pairs": len(validation), "test_pairs": len(test), "test_digest": ids_digest(test)}
-    rows = preference_rows(used, settings.option_order, settings.seed)
-    data = Data(rows, preference_rows(validation, "both"), split)
+    split |= {"prompt_digest": prompt_digest()}
+    data = Data(preference_rows(used, settings.option_order, settings.seed), preference_rows(validation, "both"), split)
 
     # checks, before a model is loaded
     checks = run_checks(settings, train, test, data)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from data.bases import Base, base_key, damage
 from data.errors import printable
 from data.files import read_json
+from data.pairs import prompt_digest
 from data.runs import RUN, WEIGHTS, read_run, settings_of
 
 CONFIG = "adapter_config.json"
@@ -48,6 +49,8 @@ def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
         return f"{folder}/{RUN} cannot be read, or is of an older version"
     elif data["test_digest"] != test_digest:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+    elif data.get("prompt_digest", prompt_digest()) != prompt_digest():
+        return f"{folder} was trained with other words around the films than data/pairs.py has now"
     if trained_on and base_key(str(trained_on)) != base_key(base.name):
         return printable(f"{folder} was trained on the base model {trained_on}, not {base.name}")
     if (had := run.get("vocabulary")) and had != base.vocabulary:
@@ -132,8 +135,8 @@ def starting_point(
     """
     if problem := adapter_problem(folder, base) or adapter_mismatch(folder, base, test_digest):
         return problem, "Train it with --stage sft, or give --sft_adapter."
-    if read_run(folder).get("stage") == "dpo":
-        return f"{folder} is an adapter of dpo", "Give --sft_adapter an adapter of SFT."
+    if (stage := read_run(folder).get("stage")) in ("dpo", "sft_more"):
+        return f"{folder} is an adapter of {stage}", "Give --sft_adapter an adapter of the stage sft."
     if kind := unlike_plain_lora(folder, targets):
         remedy = "Train SFT with --stage sft: DPO goes on with plain LoRA."
         return f"{folder}, an adapter with {', '.join(kind)}", remedy

@@ -195,8 +195,8 @@ def main() -> None:
         problem = f"no user has {HISTORY_LENGTH + 1} films of a rating of {options.min_rating} or more"
         raise UserError(problem, "Lower --min-rating, or give more ratings.")
     write_pairs(output, pairs)
-    share = np.mean([pair.order == "A" for pair in pairs])
-    print(f"{output}: {len(pairs):,} pairs of {ratings['user'].nunique():,} users, {share:.0%} with the answer A")
+    share, users = np.mean([pair.order == "A" for pair in pairs]), len({pair.user_id for pair in pairs})
+    print(f"{output}: {len(pairs):,} pairs of {users:,} users, {share:.0%} with the answer A")
 
 
 if __name__ == "__main__":

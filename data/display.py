@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | None]:
     """
     metrics = read_json(folder / "metrics.json")
     if metrics.get("schema_version") != SCHEMA_VERSION:
-        command = f"python evaluate_dpo.py --from_predictions {folder}/predictions.csv"
+        places = ["--from_predictions", f"{folder}/predictions.csv", "--outputs", str(folder.parent)]
+        command = f"python evaluate_dpo.py {shlex.join(places)}"
         raise UserError(f"{folder}/metrics.json is of another version", f"Make it again with: {command}")
     files = [path for name in ("predictions.csv", "predictions.csv.gz") if (path := folder / name).is_file()]
     return metrics, read_predictions(files[0]) if files else None

@@ -15,11 +15,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import groupby
 from pathlib import Path
 
 from data.errors import UserError
@@ -141,23 +142,28 @@ def film_problem(film: Movie) -> str:
 
 
 def split_pairs(pairs: Sequence[Pair], test_share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
-    """(train, test), both in the file's order: the first users by hash, up to `test_share` of the pairs, are tested."""
-    size = Counter(pair.user_id for pair in pairs)
-    users = sorted(size)
-    taken = accumulate(size[user] for user in users)
-    wanted = round(test_share * len(pairs))
-    test_users = {user for user, count in zip(users, taken, strict=True) if count <= wanted}
+    """(train, test), in the file's order: users by hash, as many as fit into `test_share` of the pairs, are tested."""
+    wanted, test_users = round(test_share * len(pairs)), set[str]()
+    for user, count in sorted(Counter(pair.user_id for pair in pairs).items()):
+        if count <= wanted:
+            wanted -= count
+            test_users.add(user)
     train = [pair for pair in pairs if pair.user_id not in test_users]
     test = [pair for pair in pairs if pair.user_id in test_users]
     return train, test
 
 
 def hold_back(train: Sequence[Pair], validation_pairs: int, max_pairs: int | None) -> tuple[list[Pair], list[Pair]]:
-    """(used, validation): validation comes out of the training users, so that no test user is looked at."""
+    """(used, validation): validation comes out of the training users, so that no test user is looked at.
+
+    Of the others, each user's first pair comes before anybody's second: few pairs are of as many users as there are.
+    """
     by_hash = sorted(train, key=lambda pair: (pair.user_id, pair.pair_id))
     held_back = {pair.user_id for pair in by_hash[:validation_pairs]}
     validation = [pair for pair in by_hash if pair.user_id in held_back]
-    return [pair for pair in by_hash if pair.user_id not in held_back][:max_pairs], validation
+    users = groupby((pair for pair in by_hash if pair.user_id not in held_back), key=lambda pair: pair.user_id)
+    turns = [(turn, pair) for _, pairs in users for turn, pair in enumerate(pairs)]
+    return [pair for _, pair in sorted(turns, key=lambda turn: turn[0])][:max_pairs], validation
 
 
 def warnings_on(train: Sequence[Pair], test: Sequence[Pair]) -> list[str]:
@@ -203,9 +209,11 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     try:
         pairs = load_pairs(path)
     except FileNotFoundError:
-        source = "ml-100k" if "100k" in path else "ml-1m --download"
-        command = f"python data/build_pairs.py --source {source} --output {path}"
-        raise UserError(f"no pairs file {path}", f"Make it with: {command}") from None
+        sources = {"pairs_ml-100k": "ml-100k", "contrastive_rec_train": "ml-1m --download"}
+        source = sources.get(Path(path).stem)
+        command = f"python data/build_pairs.py --source {source} --output {shlex.quote(path)}"
+        remedy = f"Make it with: {command}" if source else "Give --pairs a file that is there."
+        raise UserError(f"no pairs file {path}", remedy) from None
     except OSError as error:
         raise UserError(f"cannot read the pairs file {path}: {error.strerror}", "Give --pairs a file.") from None
     except PairsError as error:
@@ -213,7 +221,10 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     train, test = split_pairs(pairs, test_share)
     if not train or not test:
         few = f"{len(pairs)} pair(s) of {len({pair.user_id for pair in pairs})} user(s)"
-        raise UserError(f"{path} holds {few}, too few to split", "Give a larger pairs file.")
+        raise UserError(f"{path} holds {few}, too few to split", "Give a larger pairs file, or raise --test_share.")
+    if (users := len({pair.user_id for pair in test})) < 2:
+        problem = f"{users} test user(s) are too few for an interval"
+        raise UserError(problem, "Give more pairs, or raise --test_share.")
     return train, test
 
 
@@ -256,6 +267,12 @@ def recommended(answer: str) -> str | None:
     decision = _DECISION.search(answer)
     letters = {decision[1]} if decision else set(_MENTION.findall(answer))
     return letters.pop() if len(letters) == 1 else None
+
+
+def prompt_digest() -> str:
+    """One hash of the words around the films: other words are another training."""
+    first, second = (Movie(title, ("genre",)) for title in ("first", "second"))
+    return _digest(*preference_row(Pair(("watched",) * HISTORY_LENGTH, first, second), "A").values())
 
 
 def ids_digest(pairs: Iterable[Pair]) -> str:

@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.bases import base_key
+from data.bases import base_key, damage
 from data.errors import UserError, printable
 from data.files import file_sha256, is_sealed, read_json, write_json
 from data.machine import RANK
+from data.pairs import prompt_digest
 
 RUN = "run.json"
 WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
 STAGES = ("sft", "sft_more", "dpo")
 OF_START = "sha256 of the adapter that it starts from"
+OF_PROMPT = "hash of the prompt's words"
 Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
 # These don't change what is trained, or are known by their content; a new setting counts.
@@ -55,7 +57,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
 def decisive(stage: str, settings: dict[str, Any], pairs_sha256: str, start_sha256: str | None) -> dict[str, Any]:
     """All that decides what a stage trains: its settings, its pairs, and the adapter that it starts from."""
     data = {"sha256 of the pairs": pairs_sha256[:12], OF_START: start_sha256 and start_sha256[:12]}
-    return trained_settings(stage, settings) | data
+    return trained_settings(stage, settings) | data | {OF_PROMPT: prompt_digest()}
 
 
 def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> str:
@@ -64,7 +66,8 @@ def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> st
     if run.get("stage") != stage or not had or not isinstance(data, dict):
         return f"no run.json of {stage}"
     start = run.get("initial_adapter_sha256")
-    return differing(asked | decisive(stage, had, str(data.get("pairs_sha256")), start and str(start)), asked)
+    made_with = decisive(stage, had, str(data.get("pairs_sha256")), start and str(start))
+    return differing(asked | made_with | {OF_PROMPT: data.get("prompt_digest", prompt_digest())}, asked)
 
 
 class There(NamedTuple):
@@ -83,7 +86,8 @@ def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha2
     asked = decisive(stage, settings, pairs_sha256, file_sha256(start / WEIGHTS) if known else None)
     if start and not known:  # it is trained first
         del asked[OF_START]
-    others = made_otherwise(read_run(folder), stage, asked)
+    damaged = "weights that are damaged or cut short" if damage(folder / WEIGHTS) else ""
+    others = damaged or made_otherwise(read_run(folder), stage, asked)
     if not others:
         return There(True, f"{folder} is there, trained with these settings: nothing to do")
     if settings["restart"]:
@@ -95,7 +99,7 @@ def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha2
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
     """Make a checkpoints folder ready for a run; UserError where one of another identity is unfinished in it."""
     others = differing(read_json(folder / RUN), identity)
-    for checkpoint in folder.glob("checkpoint-*") if others and restart else ():
+    for checkpoint in checkpoints_in(folder) if others and restart else ():
         shutil.rmtree(checkpoint)
     if others and last_whole_checkpoint(folder):
         remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
@@ -103,10 +107,15 @@ def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -
     write_json(folder / RUN, identity)
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there as they were written; broken newer ones are removed."""
-    by_step = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(by_step):
+    for checkpoint in checkpoints_in(folder):
         if is_sealed(checkpoint):
             return checkpoint
         if RANK == 0:
@@ -118,6 +127,12 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     found = run.get("settings")
     return found if isinstance(found, dict) else {}
+
+
+def trained_on(run: dict[str, Any]) -> str:
+    """sha256 of the pairs file of a run; "" where it is not known."""
+    data = run.get("data")
+    return str(data.get("pairs_sha256", "")) if isinstance(data, dict) else ""
 
 
 def plain(value: Any) -> str:
@@ -178,9 +193,9 @@ def pairs_seen(folder: Path) -> int:
     return seen if isinstance(seen, int) else 0
 
 
-def notes_on(adapters: Adapters, bits: int) -> list[str]:
-    """What predictions cannot show: runs of an arm not alike, other bits, or DPO from another SFT than beside it."""
-    notes, unlike = [], list[str]()
+def notes_on(adapters: Adapters, bits: int, pairs_sha256: str = "") -> list[str]:
+    """What predictions cannot show: runs of an arm not alike, other bits or pairs, or DPO from another SFT."""
+    notes, unlike, elsewhere = [], list[str](), list[str]()
     for arm, folders in adapters.items():
         runs = [read_run(folder) for folder in folders.values()]
         known = [run for run in runs if settings_of(run) and run.get("stage") in STAGES]
@@ -191,6 +206,7 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
         trained = {found for run in runs if isinstance(found := settings_of(run).get("bits"), int)} - {bits}
         read_in = f"is read here on weights in {bits}"
         notes += [f"{arm} was trained on weights in {other} bits and {read_in}" for other in sorted(trained)]
+        elsewhere += [arm] if pairs_sha256 and any(trained_on(run) not in ("", pairs_sha256) for run in runs) else []
         starts = {seed: run.get("initial_adapter_sha256") for seed, run in zip(folders, runs, strict=True)}
         sfts = adapters.get("sft", {}) if arm in ("sft_more", "dpo") and any(starts.values()) else {}
         sfts = {seed: read_run(sft).get("copy_of_sha256") or file_sha256(sft / WEIGHTS) for seed, sft in sfts.items()}
@@ -199,6 +215,9 @@ def notes_on(adapters: Adapters, bits: int) -> list[str]:
             notes.append(f"{arm} began with another SFT adapter than the run of sft that it is compared with")
         if len(starts) > 1 and len({*starts.values()}) == 1 and all(starts.values()):
             notes.append(f"all runs of {arm} began with one SFT adapter: intervals leave out how runs of SFT differ")
+    if elsewhere:
+        learn = "baselines, and how often a film was watched, are from the training pairs of this one"
+        notes.append(f"{', '.join(elsewhere)}: trained on another pairs file than the one given here; {learn}")
     more, dpo = (adapters.get(arm, {}) for arm in ("sft_more", "dpo"))
     for seed in more.keys() & dpo.keys():
         both = [(arm, settings_of(read_run(of[seed]))) for arm, of in (("sft_more", more), ("dpo", dpo))]

@@ -116,6 +116,11 @@ def longer(metrics: dict[str, Any]) -> str:
     return "continued SFT" if continued else "longer SFT"
 
 
+def named(arm: str, metrics: dict[str, Any]) -> str:
+    """An arm's name for readers."""
+    return longer(metrics) if arm == "sft_more" and longer(metrics) == "longer SFT" else KINDS.get(arm, arm)
+
+
 def sentence(metrics: dict[str, Any], model: str = "") -> str:
     """The result as sentences that a thesis may quote, together with its caveats; why not, where users are too few.
 
@@ -238,7 +243,7 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
         chosen, rejected = (with_interval(measures[f"{name}_change"], sign="+") for name in ("chosen", "rejected"))
         falls = f"the chosen response became less likely, {chosen} nats from the reference (rejected: {rejected})"
         found.append(f"{falls}. This {'is' if change['high'] < 0 else 'may be'} likelihood displacement")
-    return [f"{KINDS.get(arm, arm)}: {text}." for text in found]
+    return [f"{named(arm, metrics)}: {text}." for text in found]
 
 
 def caveats_of_baselines(arm: str, metrics: dict[str, Any]) -> list[str]:
@@ -254,7 +259,7 @@ def caveats_of_baselines(arm: str, metrics: dict[str, Any]) -> list[str]:
     open_ = [name for name, one in baselines.items() if one["low"] <= 0 <= one["high"]]
     found = [f"it ranks worse than {listed(worse, 'and')}"] if worse else []
     found += [f"it is not shown to rank better than {listed(open_, 'or')}"] if open_ else []
-    return [f"{KINDS.get(arm, arm)}: {text}." for text in found]
+    return [f"{named(arm, metrics)}: {text}." for text in found]
 
 
 def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
@@ -271,7 +276,7 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
         seen = pairs_seen(arm, arms)
         if seen not in ("", "as many pairs"):
             why = "Unequal training may explain the difference"
-            found.append(f"{KINDS.get(arm, arm)}: it saw {seen} that DPO saw. {why}.")
+            found.append(f"{named(arm, metrics)}: it saw {seen} that DPO saw. {why}.")
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
         says = also["verdict"].partition(" (")[0]
@@ -279,7 +284,7 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
             found.append(f"DPO: it {SAYS[says]} {arm} ({interval_text(also)} points).")
     few = [arm for arm in ("sft", "dpo", metrics["control"]) if arm and arms[arm]["seeds"] < RUNS_FOR_METHOD]
     if few:
-        runs = "; ".join(f"{KINDS.get(arm, arm)}: {arms[arm]['seeds']}" for arm in few)
+        runs = "; ".join(f"{named(arm, metrics)}: {arms[arm]['seeds']}" for arm in few)
         against = " against the control" if few == [metrics["control"]] else ""
         found.append(
             f"Fewer than {RUNS_FOR_METHOD} training runs ({runs}): the verdict{against} is on these adapters. "

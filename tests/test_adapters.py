@@ -56,6 +56,9 @@ def test_an_adapter_of_another_base_model_or_split_is_told_so(adapter):
     assert mismatch(adapter) == ""
     assert "may have seen the test pairs" in mismatch(adapter, test_digest="another")
     assert "trained on the base model base, not another/model" in mismatch(adapter, "another/model")
+    run["data"]["prompt_digest"] = "another"
+    (adapter / "run.json").write_text(json.dumps(run))
+    assert "was trained with other words around the films" in mismatch(adapter)
     (adapter / "run.json").write_text("{")
     assert "cannot be read" in mismatch(adapter)
 

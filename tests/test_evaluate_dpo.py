@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,7 +192,7 @@ def test_other_arms_can_be_evaluated_without_the_usual_two(trained, tmp_path):
     with pytest.raises(UserError, match="holds the same weights as"):
         arms(f"sft={sft}", f"dpo={dpo},{dpo}")
     comma = shutil.copytree(dpo, tmp_path / "mine, again")
-    assert arms(f"other={comma}") == ["other"]
+    assert arms(f"other={comma}") == arms(f"other={dpo},") == ["other"]
     with pytest.raises(UserError, match="--adapters is given twice"):
         arms(f"sft={sft}", "--adapters", f"dpo={dpo}")
 
@@ -354,14 +355,20 @@ def test_every_run_and_the_control_are_found(trained, tmp_path):
     }
 
 
-def test_one_arm_of_several_seeds(trained, tmp_path):
+def test_one_arm_of_several_seeds(trained, tmp_path, monkeypatch):
     training, flags, _ = trained
     again = [*flags, "--outputs", str(tmp_path / "2"), "--seed", "2"]
     train_dpo.main([*training, *again[-4:]])
     folders = [adapter_of(flags), adapter_of(again)]
     adapters = ["--adapters", f"sft={adapter_of(flags, 'sft')}", "dpo=" + ",".join(map(str, folders))]
     extra = [*adapters, "--strangers", "true", "--generate_users", "3", "--generate_samples", "2"]
+    train, test = config.load_split(config.parse_settings(EvaluationSettings, flags))
+    of_one = sorted(test, key=lambda pair: pair.pair_id)[:2]  # which would both be asked for
+    test = [dataclasses.replace(pair, user="one") if pair in of_one else pair for pair in test]
+    monkeypatch.setattr(config, "load_split", lambda settings: (train, test))
     predictions, generated, _, _ = predicted([*flags, *extra])
+    of_user = {pair.pair_id: pair.user_id for pair in test}
+    assert generated["pair_id"].map(of_user).nunique() == 3
     assert list(generated.groupby(["arm", "seed"], sort=False).size()) == [6] * 4
     dpo = predictions[predictions["arm"] == "dpo"]
     assert list(dpo.groupby(["seed", "history"]).size()) == [36] * 4
@@ -374,19 +381,16 @@ def test_one_arm_of_several_seeds(trained, tmp_path):
 # ------------------------------------------------------------------------------------------------- end to end
 
 
-def test_one_test_user_is_too_few(flags, monkeypatch):
-    two = [dataclasses.replace(pair, user="one") for pair in make_pairs(2)]
-    problem = r"1 test user\(s\) are too few for an interval\nGive more pairs, or raise --test_share"
-    for test in (make_pairs(1), two):
-        monkeypatch.setattr(config, "load_split", lambda settings, test=test: (make_pairs(5), test))
-        with pytest.raises(UserError, match=problem):
-            evaluate_dpo.main(flags)
-
-
-def test_evaluation_without_adapters_says_how_to_make_them(flags):
-    problem = "no adapter of the arm sft .*\nMake it with: python train_dpo.py --preset small --stage sft"
-    with pytest.raises(UserError, match=problem):
-        evaluate_dpo.main(flags)
+def test_evaluation_without_adapters_says_how_to_make_them(flags, tmp_path):
+    settings = config.parse_settings(EvaluationSettings, [*flags, "--outputs", str(tmp_path / "my own")])
+    with pytest.raises(UserError, match="no adapter of the arm sft") as error:
+        evaluate_dpo.find_adapters(settings, make_pairs(5))
+    _, _, command = str(error.value).partition("Make it with: ")
+    _, script, *found = shlex.split(command.partition("; or give")[0])
+    training = config.parse_settings(TrainingSettings, found)
+    assert Path(script).name == "train_dpo.py" and training.stage == "sft"
+    assert config.adapter_folder(training, "sft") == config.adapter_folder(settings, "sft")
+    assert (training.pairs, training.test_share) == (settings.pairs, settings.test_share)
 
 
 def test_what_was_scored_and_what_it_is_of_is_on_disk_before_anything_is_made_of_it(mine, tmp_path, monkeypatch):
@@ -455,9 +459,10 @@ def test_evaluation_end_to_end(mine, tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "run.json").read_text())["compute_dtype"] == "float32", "whatever was trained in"
     kept = [line for line in saved.read_text().splitlines(keepends=True) if not line.startswith("again,")]
     saved.write_text("".join(kept))
-    evaluate_dpo.main(anew)
-    assert not (folder / "run.json").exists(), "it was of other predictions"
-    assert "again" not in set(pd.read_csv(folder / "predictions.csv")["arm"])
+    there = {folder / name: (folder / name).read_bytes() for name in ("predictions.csv", "run.json", "metrics.json")}
+    with pytest.raises(UserError, match="holds other predictions than .*\nGive --outputs another folder"):
+        evaluate_dpo.main(anew)
+    assert there == {path: path.read_bytes() for path in there}, "hours of scoring are kept"
 
 
 def test_predictions_of_version_1_are_read_and_say_what_they_lack(evaluated, no_figures, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -253,14 +254,23 @@ def test_the_split_is_by_user_and_the_same_in_another_process(pairs_file, pairs)
 
 
 def test_a_missing_pairs_file_names_the_command_that_makes_it():
-    with pytest.raises(UserError, match="python data/build_pairs.py --source ml-100k --output nowhere/100k.jsonl"):
-        read_split("nowhere/100k.jsonl", 0.2)
+    command = "python data/build_pairs.py --source ml-100k --output 'no where/pairs_ml-100k.jsonl'"
+    with pytest.raises(UserError, match=command):
+        read_split("no where/pairs_ml-100k.jsonl", 0.2)
+    with pytest.raises(UserError, match="no pairs file my books.jsnl\nGive --pairs a file that is there"):
+        read_split("my books.jsnl", 0.2)
 
 
 def test_a_pairs_file_that_cannot_be_split_is_refused(tmp_path):
     write_pairs(tmp_path / "p.jsonl", make_pairs(2))
     with pytest.raises(UserError, match="holds 2 pair.s. of . user.s., too few to split"):
         read_split(str(tmp_path / "p.jsonl"), 0.2)
+    of_two = [replace(pair, user=str(number % 2)) for number, pair in enumerate(make_pairs(20))]
+    for written, share in ((make_pairs(20), 0.05), (of_two, 0.5)):
+        write_pairs(tmp_path / "p.jsonl", written)
+        problem = r"1 test user\(s\) are too few for an interval\nGive more pairs, or raise --test_share"
+        with pytest.raises(UserError, match=problem):
+            read_split(str(tmp_path / "p.jsonl"), share)
     with pytest.raises(UserError, match="cannot read the pairs file .*: Is a directory"):
         read_split(str(tmp_path), 0.2)
 
@@ -273,6 +283,16 @@ def test_pairs_held_back_are_of_users_that_are_not_trained_on(pairs):
         assert {*used, *validation} == {*train} and len(used) + len(validation) == len(train)
         assert not {pair.user_id for pair in used} & {pair.user_id for pair in validation}
         assert hold_back(train[::-1], count, 10) == (used[:10], validation), "in whatever order they come"
+
+
+def test_a_user_of_many_pairs_leaves_room_for_others():
+    many = [replace(pair, user="many") for pair in make_pairs(150)]
+    for share in (0.2, 0.4):
+        train, test = split_pairs([*many, *make_pairs(300)[150:]], share)
+        assert len(test) == share * 300 and {pair.user for pair in test} == {""}
+    of_five = [replace(pair, user=str(number % 5)) for number, pair in enumerate(make_pairs(60))]
+    used, _ = hold_back(of_five, 0, 7)
+    assert sorted(Counter(pair.user for pair in used).values()) == [1, 1, 1, 2, 2]
 
 
 def test_a_stranger_is_another_user_and_always_the_same_one():

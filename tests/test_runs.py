@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import adapter_of
+from safetensors.numpy import save_file
 
 import config
 import evaluate_dpo
@@ -34,6 +35,7 @@ def run_in(folder: Path, **run) -> Path:
     """An adapter's folder of which nothing but its run.json matters."""
     folder.mkdir(exist_ok=True)
     write_json(folder / "run.json", run)
+    save_file({}, folder / WEIGHTS)
     return folder
 
 
@@ -61,6 +63,7 @@ def test_an_adapter_of_other_settings_is_not_passed_off_as_this_one():
     found = made_otherwise(of["dpo"], "dpo", asked("dpo", start="another"))
     assert "sha256 of the adapter that it starts from 'start', not 'another'" in found
     del settings["beta"]
+    assert made_otherwise(of["dpo"] | {"data": {"prompt_digest": "other"}}, "dpo", asked("dpo")).count("not") == 2
     assert made_otherwise(of["dpo"], "dpo", asked("dpo")) == "", "a setting newer than the run is no difference"
     for unknown in ({}, {"settings": None}, {"settings": []}, of["sft"]):
         assert made_otherwise(unknown, "dpo", asked("dpo")) == "no run.json of dpo"
@@ -85,6 +88,13 @@ def test_an_adapter_of_another_stage_than_its_arms_name_is_told(tmp_path, arm, s
     assert of_another_stage(tmp_path, "mine") == ""
     assert of_another_stage(run_in(tmp_path, stage="sft" if stage == "dpo" else "dpo"), arm) == ""
     assert of_another_stage(run_in(tmp_path, stage=["dpo"]), arm) == "", "somebody's run.json may say anything"
+
+
+def test_an_adapter_of_another_pairs_file_is_noted_once(tmp_path):
+    runs = {arm: {"1": run_in(tmp_path / arm, data={"pairs_sha256": arm[:3]})} for arm in ("sft", "sft_more", "dpo")}
+    assert notes_on(runs, 4, "sft")[0].startswith("dpo: trained on another pairs file than the one given here")
+    assert notes_on(runs, 4, "new")[0].startswith("sft, sft_more, dpo: trained on another")
+    assert notes_on({"dpo": {"1": run_in(tmp_path / "dpo", data=["?"])}}, 4, "new") == []
 
 
 def test_what_a_run_has_seen_is_known_where_its_run_json_says_it(tmp_path):

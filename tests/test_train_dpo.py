@@ -108,6 +108,27 @@ def test_what_is_there_with_the_same_settings_is_not_trained_again(mine, monkeyp
         assert f"{stage}: {folder_of(flags, stage)} is there, trained with these settings: nothing to do" in said
 
 
+def test_other_words_around_the_films_are_another_training(mine, monkeypatch):
+    flags, evaluation = mine
+    monkeypatch.setattr("data.pairs.INSTRUCTION", "Compare two books.")
+    with pytest.raises(SystemExit):
+        train_dpo.main([*flags, "--check"])
+    with pytest.raises(UserError, match="was trained with other words around the films than data/pairs.py has now"):
+        evaluate_dpo.main(evaluation)
+
+
+def test_a_finished_adapter_that_was_damaged_is_trained_again_when_asked(mine, capsys):
+    flags, _ = mine
+    weights = folder_of(flags, "dpo") / WEIGHTS
+    for spoil in (lambda: weights.write_bytes(weights.read_bytes()[:-9]), weights.unlink):
+        spoil()
+        with pytest.raises(UserError, match="with weights that are damaged or cut short\nGive --restart true"):
+            train_dpo.main([*flags, "--stage", "dpo"])
+        train_dpo.main([*flags, "--stage", "dpo", "--restart", "true"])
+        assert load_file(weights)
+        capsys.readouterr()
+
+
 def test_the_last_line_of_training_is_the_command_that_finds_its_adapters(mine, tmp_path, monkeypatch, capsys):
     flags, _ = mine
     monkeypatch.setattr(train_dpo, "train_stage", lambda *_: None)
@@ -248,7 +269,10 @@ def test_a_run_that_cannot_work_ends_before_the_model_is_loaded(training_flags, 
 def test_check_finds_outputs_that_are_a_file_and_a_start_that_is_no_sft(training_flags, mine, tmp_path, capsys):
     (tmp_path / "file").touch()
     dpo = ["--stage", "dpo", "--sft_adapter", str(folder_of(mine[0], "dpo"))]
+    more = ["--stage", "dpo", "--sft_adapter", str(shutil.copytree(folder_of(mine[0], "sft"), tmp_path / "more"))]
+    (tmp_path / "more" / RUN).write_text(json.dumps(run_of(mine[0], "sft") | {"stage": "sft_more"}))
     for extra, told in ((["--outputs", str(tmp_path / "file")], "file is no folder that you may write to"),
+                        (["--outputs", str(tmp_path / "new"), *more], "more is an adapter of sft_more"),
                         (["--outputs", str(tmp_path / "new"), *dpo], "_final is an adapter of dpo")):  # fmt: skip
         with pytest.raises(SystemExit):
             train_dpo.main([*mine[0], *extra, "--check"])
@@ -1079,6 +1103,7 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(unfinished, broken
     folder = checkpoints_of(unfinished, "sft")
     path = folder / "checkpoint-4" / broken
     path.write_bytes(path.read_bytes()[:-9])
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-2-copy")  # somebody's own
     assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
     assert "checkpoint-4 is not whole and is removed" in capsys.readouterr().err
     (folder / "checkpoint-2" / broken).unlink()
