@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 import config
 from config import EvaluationSettings, TrainingSettings
 from data.figures import CAPTIONS, arm_name
-from data.files import read_json
+from data.files import read_json, write_json
 from data.report import MAIN_MEASURES
 
 NOTEBOOK = config.ROOT / "dpo_comparison.ipynb"
@@ -117,26 +117,31 @@ def files_of(folder):
 
 @pytest.fixture(scope="module")
 def executed(evaluated, tmp_path_factory):
-    """Texts by cell of three executions, where the second one wrote, and the files before.
+    """Texts by cell of four executions, where the second one wrote, and the files before.
 
-    All in one kernel: on an evaluation; where there are neither results nor adapters; and on an evaluation whose
-    adapters are those of the published folder alone, up to where they are loaded.
+    All in one kernel: on an evaluation; where there are neither results nor adapters; and, up to where adapters are
+    loaded, on two evaluations beside which there are none: one of the published folder's, one of some given by name.
     """
     elsewhere, before = tmp_path_factory.mktemp("elsewhere"), files_of(Path(evaluated.outputs) / "evaluation")
     own = tmp_path_factory.mktemp("published")
-    shutil.copytree(Path(evaluated.outputs) / "evaluation", own / "outputs" / "evaluation")
+    for name in ("outputs", "given"):
+        shutil.copytree(Path(evaluated.outputs) / "evaluation", own / name / "evaluation")
     for arm in ("sft", "dpo"):
         shutil.copytree(config.adapter_folder(evaluated, arm), own / "adapters" / arm)
+    run = read_json(own / "given" / "evaluation" / "run.json")
+    run["settings"]["adapters"] = [f"{arm}={config.adapter_folder(evaluated, arm)}" for arm in ("sft", "dpo")]
+    write_json(own / "given" / "evaluation" / "run.json", run)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     upto = 1 + next(index for index, cell in enumerate(cells) if cell.id == "load")
     places = {"own": evaluated.outputs, "none": str(elsewhere), "published": str(own / "outputs")}
+    places["given"] = str(own / "given")
     notebook.cells = []
     for name, outputs in places.items():
-        part = copy.deepcopy(cells[:upto] if name == "published" else cells)
+        part = copy.deepcopy(cells[:upto] if name in ("published", "given") else cells)
         part.insert(0, nbformat.v4.new_code_cell(f"import os; os.environ['DPO_NOTEBOOK_OUTPUTS'] = {outputs!r}"))
         there = nbformat.v4.new_code_cell(f"ADAPTERS = Path({str(own / 'adapters')!r})", id="there")
-        part[2:2] = [there] if name == "published" else []
+        part[2:2] = [there] if name in ("published", "given") else []
         for cell in part:
             cell.id = f"{cell.id}-{name}"
         notebook.cells += part
@@ -179,7 +184,8 @@ def test_the_published_adapters_are_opened_where_there_are_none_of_ones_own(exec
     loaded = told["published"]["load"]
     assert "holds no adapters" in loaded and "The published ones are opened" in loaded
     assert "loaded: base model; SFT; DPO" in loaded
-    assert "published" not in told["own"]["load"] + told["none"]["load"]
+    assert "published" not in told["own"]["load"] + told["none"]["load"] + told["given"]["load"]
+    assert told["given"]["load"].startswith("loaded: base model; SFT; DPO"), "whatever lies in OUTPUTS"
 
 
 def test_the_data_are_shown_as_table_and_pictures(executed):
