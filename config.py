@@ -262,8 +262,7 @@ def parse_settings(kind: type[SettingsKind], arguments: Sequence[str] | None = N
     parser.set_defaults(**of_preset | dict.fromkeys(nulls))
     settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], fields, n=1)
-        _refuse(f"unknown setting {unknown[0]}", f"Did you mean --{near[0]}? " if near else "")
+        _refuse_unknown(unknown[0], fields)
     settings.preset = preset
     if Path(settings.base_model).is_dir():
         settings.base_model = os.path.abspath(settings.base_model)  # run.json is read from other folders, too
@@ -300,13 +299,22 @@ def _file_as_flags(path: str, fields: dict[str, Any]) -> tuple[list[str], list[s
     for name, value in content.items():
         if name in others or value == []:
             continue
-        if value is not None or name not in fields:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if name not in fields:
+            _refuse_unknown(f"--{name}", fields)
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")  # whatever the value begins with
         elif fields[name].default is None:
             nulls.append(name)
         else:
             raise UserError(f"{path}: {name} has no value", "Give it one, or leave it out.")
     return flags, nulls
+
+
+def _refuse_unknown(flag: str, fields: dict[str, Any]) -> None:
+    near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], fields, n=1)
+    _refuse(f"unknown setting {flag}", f"Did you mean --{near[0]}? " if near else "")
 
 
 def _refuse(problem: str, hint: str = "") -> None:

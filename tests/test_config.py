@@ -132,6 +132,9 @@ odd_files = st.dictionaries(st.sampled_from(["beta", "bits", "x", "seed"]), odd_
 
 @fuzz(max_examples=50 * FUZZ_TIMES)
 @given(text=st.text(max_size=60) | odd_files)
+@example(text='{"x": "-h"}')
+@example(text='{"help": 1}')
+@example(text='{"optim": "-h"}')
 def test_any_settings_file_gives_settings_or_an_error_of_two_lines(tmp_path, text):
     file = tmp_path / "mine.yaml"
     file.write_text(text, encoding="utf-8")
