@@ -40,7 +40,7 @@ from data import errors
 from data.adapters import adapted_layers
 from data.bases import HUB_NAMES, Base, base_key, check_base, check_trainable, resolved
 from data.errors import UserError, fault_of_the_machine, printable
-from data.files import fetch_wheel, file_sha256, whole_folder
+from data.files import fetch_wheel, file_sha256, weights_digest, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
 from data.pairs import Pair, read_split
 from data.runs import STAGES, WEIGHTS, There, what_is_there
@@ -397,11 +397,9 @@ def command_with(script: str, settings: Settings, *more: str) -> str:
 
 def reference_file(settings: TrainingSettings, start: Path | None) -> Path:
     """Where the log-probabilities of one reference of DPO are kept: named by all that they depend on but the rows."""
-    path = Path(model_path(settings.base_model))
-    files = sorted(path.glob("*")) if path.is_dir() else []
     made_of = {
         "base_model": base_key(settings.base_model),
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "base_weights": weights_digest(model_path(settings.base_model)),
         "bits": settings.bits,
         "dtype": str(training_dtype()),
         "backend": backend_of(settings),

@@ -41,7 +41,7 @@ from data.adapters import starting_point
 from data.bases import HUB_NAMES
 from data.errors import Check, UserError, failed_kernel, print_checks, printable, refuse
 from data.figures import draw_losses
-from data.files import file_sha256, only_run_in, read_json, seal, whole_folder, write_json
+from data.files import file_sha256, only_run_in, read_json, seal, weights_digest, whole_folder, write_json
 from data.machine import PACKAGES, peak_process_memory, unmet_requirements
 from data.pairs import STEM, Pair, hold_back, ids_digest, preference_rows, prompt_digest, warnings_on
 from data.report import write_card
@@ -131,7 +131,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
             "first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1),
             "rows_per_second": round(settings.effective_batch / statistics.median(gaps), 3) if len(gaps) else None,
             "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_gb": round(peak_memory(), 2),
-            "vocabulary": len(trainer.processing_class), **how, **config.environment_facts(), "log_history": history,
+            "vocabulary": len(trainer.processing_class), "base_weights_digest": weights_digest(settings.base_model),
+            **how, **config.environment_facts(), "log_history": history,
         }
         save_adapter(trainer, folder, settings, run)
         if config.RANK == 0:

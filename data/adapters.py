@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from data.bases import Base, base_key, damage
 from data.errors import printable
-from data.files import read_json
+from data.files import read_json, weights_digest
 from data.pairs import prompt_digest
 from data.runs import RUN, WEIGHTS, read_run, settings_of
 
@@ -53,6 +53,8 @@ def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
         return f"{folder} was trained with other words around the films than data/pairs.py has now"
     if trained_on and base_key(str(trained_on)) != base_key(base.name):
         return printable(f"{folder} was trained on the base model {trained_on}, not {base.name}")
+    if (had := run.get("base_weights_digest")) and (there := weights_digest(base.name)) and had != there:
+        return printable(f"{folder} was trained on other weights than {base.name} holds now")
     if (had := run.get("vocabulary")) and had != base.vocabulary:
         tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"
         return printable(f"{folder} was trained with another tokenizer, {tokens}")

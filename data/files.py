@@ -86,6 +86,18 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(folder: str | Path) -> str:
+    """One hash of a model folder's weights, by the size and the last megabyte of each file; "" if there is none."""
+    digest = hashlib.sha256()
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
+    for path in files:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**20))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16] if files else ""
+
+
 def seal(folder: Path) -> None:
     """Say that a folder is whole: write, last of all, the sha256 of each of its files."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != SEAL]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from data.bases import base_key, damage
 from data.errors import UserError, printable
-from data.files import file_sha256, is_sealed, read_json, write_json
+from data.files import file_sha256, is_sealed, read_json, weights_digest, write_json
 from data.machine import RANK
 from data.pairs import prompt_digest
 
@@ -21,6 +21,7 @@ WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
 STAGES = ("sft", "sft_more", "dpo")
 OF_START = "sha256 of the adapter that it starts from"
 OF_PROMPT = "hash of the prompt's words"
+OF_BASE = "hash of the base model's weights"
 Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
 # These don't change what is trained, or are known by their content; a new setting counts.
@@ -57,7 +58,8 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
 def decisive(stage: str, settings: dict[str, Any], pairs_sha256: str, start_sha256: str | None) -> dict[str, Any]:
     """All that decides what a stage trains: its settings, its pairs, and the adapter that it starts from."""
     data = {"sha256 of the pairs": pairs_sha256[:12], OF_START: start_sha256 and start_sha256[:12]}
-    return trained_settings(stage, settings) | data | {OF_PROMPT: prompt_digest()}
+    data |= {OF_PROMPT: prompt_digest(), OF_BASE: weights_digest(str(settings.get("base_model")))}
+    return trained_settings(stage, settings) | data
 
 
 def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> str:
@@ -67,7 +69,9 @@ def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> st
         return f"no run.json of {stage}"
     start = run.get("initial_adapter_sha256")
     made_with = decisive(stage, had, str(data.get("pairs_sha256")), start and str(start))
-    return differing(asked | made_with | {OF_PROMPT: data.get("prompt_digest", prompt_digest())}, asked)
+    said = {OF_PROMPT: data.get("prompt_digest"), OF_BASE: run.get("base_weights_digest")}
+    unknown = [name for name in said if not said[name] or not asked.get(name)]
+    return differing(asked | made_with | said | {name: asked.get(name) for name in unknown}, asked)
 
 
 class There(NamedTuple):

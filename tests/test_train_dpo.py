@@ -28,6 +28,7 @@ import config
 import evaluate_dpo
 import train_dpo
 from config import EvaluationSettings, TrainingSettings
+from data.adapters import adapter_mismatch
 from data.errors import UserError, failed_kernel
 from data.files import SEAL, file_sha256, only_run_in
 from data.pairs import hold_back, ids_digest, load_pairs, preference_rows, split_pairs, write_pairs
@@ -115,6 +116,19 @@ def test_other_words_around_the_films_are_another_training(mine, monkeypatch):
         train_dpo.main([*flags, "--check"])
     with pytest.raises(UserError, match="was trained with other words around the films than data/pairs.py has now"):
         evaluate_dpo.main(evaluation)
+
+
+def test_a_base_model_whose_folder_holds_other_weights_is_another(training_flags, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    flags = [*training_flags, "--base_model", str(base), "--stage", "sft", "--max_steps", "1"]
+    train_dpo.main(flags)
+    weights = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is there, with hash of the base model's weights .*\nGive --restart true"):
+        train_dpo.main(flags)
+    base_now, split = config.read_base(settings_of(flags)), run_of(flags, "sft")["data"]["test_digest"]
+    told = adapter_mismatch(folder_of(flags, "sft"), base_now, split)
+    assert told.endswith(f"was trained on other weights than {base} holds now")
 
 
 def test_a_finished_adapter_that_was_damaged_is_trained_again_when_asked(mine, capsys):
