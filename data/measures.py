@@ -88,13 +88,15 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         kind, near_ties = rows["kind"].iloc[0], int((rows["decision_margin"].abs() < NEAR_TIE).sum())
         about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
         about |= {"reference": rows["reference"].max() or None}
-        about |= {name: number(rows[name].max()) for name in ("beta", "pairs_seen")}
+        about |= {"beta": number(rows["beta"].max()), "pairs_seen": None}
+        if rows["pairs_seen"].nunique(dropna=False) == 1:  # runs that saw other numbers of pairs are no one arm
+            about["pairs_seen"] = number(rows["pairs_seen"].iloc[0])
         arms[arm] = about | {name: estimate(name, found) for name, found in of_arm.items()}
 
     comparisons = {}
     for one, other in compared_arms(arms):
         parts = {name: difference(measured[one][name], measured[other][name]) for name in COMPARED}
-        differences = {name: difference_interval(part, len(pairs)) for name, part in parts.items()}
+        differences = {name: difference_interval(part, len(pairs), count) for name, part in parts.items()}
         ranking, scope = differences.pop("ranking_accuracy"), scope_of(parts["ranking_accuracy"])
         right = [wins(scores["decision_margin"].sum(axis=1)) for arm in (one, other) for scores in runs[arm].values()]
         single = len(pairs) == count and len(right) == 2  # McNemar's test knows users alone: no runs, no other pairs
@@ -138,8 +140,9 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
             leads = [difference(*(arms[name]["ranking_accuracy"] for name in ("dpo", arm))) for arms in (here, there)]
             paired = all(len(lead) == 1 for lead in leads)
             parts = difference(*leads[0], *leads[1]) if paired else [*leads[0], *map(negated, leads[1])]
-            interval, scope = difference_interval(parts, len(pairs)), scope_of(parts)
-            detectable = users_needed(interval, int(users.max()) + 1, scope)["detectable_points"]
+            count = int(users.max()) + 1
+            interval, scope = difference_interval(parts, len(pairs), count), scope_of(parts)
+            detectable = users_needed(interval, count, scope)["detectable_points"]
             found[f"dpo - {arm}"] = interval | {"scope": scope, "detectable_points": detectable}
     if not found:
         raise UserError("the two evaluations have no arms dpo and sft in common", "Give those of both trainings.")
@@ -386,13 +389,15 @@ def negated(measured: Measured) -> Measured:
     return measured._replace(values=-measured.values, influence=-measured.influence)
 
 
-def difference_interval(parts: Sequence[Measured], pairs: int) -> dict[str, Any]:
+def difference_interval(parts: Sequence[Measured], pairs: int, users: int) -> dict[str, Any]:
     """A difference of two arms' accuracies in points with its 95% interval and, where runs are paired, that of each.
 
     The ends are moved apart by the continuity correction 1/n on each side (Fleiss, Levin & Paik 2003, ch. 13, for
-    paired proportions), since the difference moves in steps.
+    paired proportions), since the difference moves in steps. Half of it is no less than the share of users who may
+    differ where none of these does (Clopper & Pearson 1934).
     """
-    value, half = sum(part.values.mean() for part in parts), half_width(parts) + 100 / pairs
+    value = sum(part.values.mean() for part in parts)
+    half = max(half_width(parts) + 100 / pairs, 100 * (1 - 0.025 ** (1 / users)))
     found = {"value": number(value), "low": number(value - half), "high": number(value + half)}
     if len(parts) == 1 and len(parts[0].seeds) > 1 and not math.isnan(value):
         found["runs"] = {seed: number(one) for seed, one in zip(parts[0].seeds, parts[0].values, strict=True)}
@@ -415,9 +420,12 @@ def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any
     """
     width = found["high"] - found["low"]
     smallest = (ndtri(0.975) + ndtri(0.8)) / ndtri(0.975) * width / 2
+    # Six users on one side are the fewest for which McNemar's exact p is below 0.05; 7.9 are expected where 80% of such
+    # counts are six or more
+    fewest = 100 * 7.9
     needed = {
-        # six users on one side are the fewest for which McNemar's exact p is below 0.05
-        "users_needed_for_2_points": max(300, math.ceil(users * (smallest / 2) ** 2)),
+        "users_needed_for_2_points": max(math.ceil(fewest / 2), math.ceil(users * (smallest / 2) ** 2)),
         "users_needed_to_decide": math.ceil(users * max(1.0, width) ** 2),
     }
-    return {"detectable_points": number(smallest), **(needed if scope == "adapters" else dict.fromkeys(needed))}
+    needed = needed if scope == "adapters" else dict.fromkeys(needed)
+    return {"detectable_points": number(max(smallest, fewest / users)), **needed}

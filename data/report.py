@@ -60,8 +60,8 @@ def verdicts(metrics: Facts) -> list[tuple[str, str]]:
     control = metrics["control"]
     seen = "" if control else verdict.pairs_seen("sft", metrics["arms"])
     names = {"sft": f"an SFT that saw {seen}" if seen else "SFT"}
-    continued = control and verdict.longer(metrics) == "continued SFT"
-    names |= {control: f"{verdict.KINDS['sft_more'] if continued else 'longer SFT'} ({control})"} if control else {}
+    named = verdict.longer(metrics).replace("continued SFT", verdict.KINDS["sft_more"]) if control else ""
+    names |= {control: f"{named} ({control})"} if control else {}
     found = []
     for arm, name in names.items():
         difference = metrics["comparisons"][f"dpo - {arm}"]

@@ -6,6 +6,7 @@ from typing import Any
 from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
 KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's name for readers
+FEWEST = 6  # users for a verdict
 BOTH_ONE_LETTER = "Both arms answer one letter almost always"
 NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
@@ -29,8 +30,8 @@ def judge(metrics: dict[str, Any]) -> dict[str, Any]:
     arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
     for arm in ("sft", *controls):
         if found := comparisons.get(f"dpo - {arm}"):
-            one_letter = all(letter_always_answered(arms[name]) for name in (arm, "dpo"))
-            says = verdict(found["value"], found["low"], found["high"], one_letter)
+            undecided = all(letter_always_answered(arms[name]) for name in (arm, "dpo")) or metrics["users"] < FEWEST
+            says = verdict(found["value"], found["low"], found["high"], undecided)
             found["verdict"] = says if found["scope"] == "method" else f"{says} (these adapters)"
     if "dpo - sft" in comparisons:
         best = max(controls, key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default=None)
@@ -46,13 +47,13 @@ def judge(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def verdict(difference: float, low: float, high: float, one_letter: bool = False) -> str:
+def verdict(difference: float, low: float, high: float, undecided: bool = False) -> str:
     """The verdict on DPO - SFT, all in percentage points of ranking accuracy; the first rule that holds.
 
-    one_letter: both arms answer one letter almost whatever the options are. Both then have 50% for that reason
-    alone, and equal accuracies say nothing about how they compare: INCONCLUSIVE.
+    undecided: INCONCLUSIVE whatever these are. Both arms answer one letter almost whatever the options are, and so have
+    about 50% whichever films they prefer; or users are fewer than the six without which no exact test finds anything.
     """
-    if one_letter:
+    if undecided:
         return "INCONCLUSIVE"
     if low >= -1 and high <= 1:
         return "PARTIAL: comparable"
@@ -112,13 +113,16 @@ def listed(names: list[str], last: str) -> str:
 
 def longer(metrics: dict[str, Any]) -> str:
     """The control in words; that of a DPO from the base model begins there, too, and continues no SFT."""
-    continued = metrics["control"] == "sft_more" and metrics["arms"]["dpo"]["reference"] != "base"
-    return "continued SFT" if continued else "longer SFT"
+    arms, control = metrics["arms"], metrics["control"]
+    if control == "sft_more" and arms["dpo"]["reference"] != "base":
+        return "continued SFT"
+    seen, of_sft = (arms[arm]["pairs_seen"] for arm in (control, "sft"))
+    return "another SFT" if seen and of_sft and seen <= of_sft else "longer SFT"
 
 
 def named(arm: str, metrics: dict[str, Any]) -> str:
     """An arm's name for readers."""
-    return longer(metrics) if arm == "sft_more" and longer(metrics) == "longer SFT" else KINDS.get(arm, arm)
+    return longer(metrics) if arm == "sft_more" and longer(metrics) != "continued SFT" else KINDS.get(arm, arm)
 
 
 def sentence(metrics: dict[str, Any], model: str = "") -> str:
@@ -143,7 +147,7 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
         text += f" DPO minus the control is {spoken(comparisons[f'dpo - {control}'])}."
     text += f" {metrics['conclusion']}"
     if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        text += f" {BOTH_ONE_LETTER}, so equal accuracies do not show how they compare."
+        text += f" {BOTH_ONE_LETTER}, so their accuracies do not show how they compare."
     if metrics["scope"] == "adapters":
         text += f" This result is on these adapters only. A result on the method takes {RUNS_FOR_METHOD} runs per arm."
     if "popularity" in arms:
@@ -222,10 +226,10 @@ def caveats_of(arm: str, metrics: dict[str, Any]) -> list[str]:
     letter = letter_always_answered(measures)
     if letter:
         kept = "keeps its letter when the options are swapped," if letter == "one letter" else f"answers {letter}"
-        found.append(f"it {kept} almost always. Its ranking accuracy is 50% for that reason")
+        found.append(f"it {kept} almost always. Its ranking accuracy is about 50% for that reason")
     for seed in {} if letter else measures["ranking_accuracy"].get("runs", {}):
         if of_run := letter_always_answered(measures, seed):
-            counts = "Its ranking accuracy of 50% is part of the mean"
+            counts = "Its ranking accuracy of about 50% is part of the mean"
             found.append(f"the run of seed {seed} answers {of_run} almost always. {counts}")
     against = measures["accuracy_against_popularity"]
     if not letter and against["value"] is not None and against["low"] <= 50:
@@ -266,12 +270,14 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
     """What a reader must know of the comparisons that the verdicts are on."""
     arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
     difference, found = comparisons["dpo - sft"], []
-    order_free = difference["order_free_accuracy"]
-    if difference["low"] * difference["high"] > 0 and order_free["low"] <= 0 <= order_free["high"]:
-        found.append(
-            f"Order-free accuracy: the difference is {interval_text(order_free)} points, which may be 0. "
-            "DPO and SFT may lean to a letter differently and still prefer the same films."
-        )
+    for arm in filter(None, ("sft", metrics["control"])):
+        order_free, name = comparisons[f"dpo - {arm}"]["order_free_accuracy"], named(arm, metrics)
+        sides = [(one["low"] > 0) - (one["high"] < 0) for one in (comparisons[f"dpo - {arm}"], order_free)]
+        if sides[0] != sides[1]:
+            told = f"Order-free accuracy against {name}: the difference is {interval_text(order_free)} points"
+            hidden = ". A lean to one letter hides how they differ in the films that they prefer."
+            same = ", which may be 0. They may lean to a letter differently and prefer the same films."
+            found.append(told + (hidden if sides[1] else same))
     for arm in ("sft", *controls):
         seen = pairs_seen(arm, arms)
         if seen not in ("", "as many pairs"):

@@ -263,9 +263,11 @@ def test_an_interval_of_one_run_is_of_that_run_and_no_verdict_on_the_method():
 
 
 def test_the_interval_of_a_difference_is_moved_apart_by_one_pair_on_each_side():
-    same = Measured(("1",), np.array([5.0]), np.zeros((1, 50)), 0.0, True)
-    found = difference_interval([same], pairs=50)
-    assert (found["low"], found["value"], found["high"]) == (3, 5, 7)
+    one = Measured(("1",), np.array([5.0]), np.tile([1.0, -1.0], 25)[None], 0.0, True)
+    found, half = difference_interval([one], pairs=100, users=50), half_width([one])
+    assert half > 7 and (found["low"], found["high"]) == pytest.approx((5 - half - 1, 5 + half + 1))
+    alike = difference_interval([one._replace(influence=np.zeros((1, 3)))], pairs=600, users=3)
+    assert alike["high"] > 70, "three users tell little, however many their pairs"
 
 
 def test_p_is_of_single_runs_alone_and_corrected_among_them():

@@ -67,7 +67,7 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     text = report(metrics, answers, ["note: of <b>"], run, ["accuracy.png", "position_bias.png"])
     assert "| measure | sft | sft_long | dpo |" in text and "- **Note:** of &lt;b&gt;" in text
     assert "| ranking accuracy (%) of each run | seed 1 |" in text and "| sft_long | 100.0 |" in text
-    assert "| dpo - sft_long |" in text and "| PARTIAL: comparable (these adapters) |" in text
+    assert "| dpo - sft_long |" in text and "| INCONCLUSIVE (these adapters) |" in text
     assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of model in 4 bits." in text
     assert "| decisions by less than 0.01 nats | 0 | 0 | 0 |" in text and "| loss of ranking" not in text
     assert "| `b` | `i` |" in text and "| `packages` | `torch: 2` |" in text

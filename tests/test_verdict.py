@@ -31,7 +31,7 @@ def test_verdict_rules():
         (-0.5, -0.9, -0.1, "PARTIAL: comparable"),
     ]:
         assert verdict(difference, low, high) == wanted
-    assert verdict(0.0, 0.0, 0.0, one_letter=True) == "INCONCLUSIVE"
+    assert verdict(0.0, 0.0, 0.0, undecided=True) == "INCONCLUSIVE"
 
 
 def margins_of_share(users: int, right: float, seed: int = 0) -> np.ndarray:
@@ -78,14 +78,14 @@ def test_without_both_arms_there_is_no_verdict():
 def test_an_arm_that_answers_one_letter_is_told_so():
     always_b = np.tile([-1.0, 1.0], (40, 1))
     found = judged(predictions_of(sft=always_b, dpo=always_b))
-    assert "DPO: it answers B almost always. Its ranking accuracy is 50% for that reason." in found["caveats"]
+    assert "DPO: it answers B almost always. Its ranking accuracy is about 50% for that reason." in found["caveats"]
 
 
 def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     always_b = np.tile([-1.0, 1.0], (400, 1))
     metrics = judged(predictions_of(sft=always_b, dpo=always_b))
-    found = (metrics["comparisons"]["dpo - sft"]["low"], metrics["verdict"])
-    assert found == (-0.25, "INCONCLUSIVE (these adapters)")
+    assert metrics["comparisons"]["dpo - sft"]["low"] == pytest.approx(100 * (0.025 ** (1 / 400) - 1), abs=1e-6)
+    assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
     assert "Both arms answer one letter" in metrics["sentence"] and "always decide" not in summary(metrics)
     each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b) for sign in (1, -1)]
     metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]))
@@ -94,6 +94,55 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     fair = np.where(np.arange(400)[:, None] % 2, [1.0, 1.0], [-1.0, -1.0])
     metrics = judged(predictions_of(sft=fair, dpo=fair))
     assert metrics["verdict"] == "PARTIAL: comparable (these adapters)"
+
+
+def test_a_hundred_users_who_do_not_differ_do_not_show_that_arms_are_comparable():
+    """A difference of 1.05 points leaves no trace in a third of such studies."""
+    same = np.ones((104, 2))
+    for runs in (1, 3):
+        rows = pd.concat([predictions_of(sft=same, dpo=same).assign(seed=str(seed)) for seed in range(runs)])
+        metrics = judged(rows)
+        found = metrics["comparisons"]["dpo - sft"]
+        assert metrics["verdict"].startswith("INCONCLUSIVE")
+        assert (1 - found["high"] / 100) ** 104 == pytest.approx(0.025)
+        assert found["detectable_points"] == pytest.approx(790 / 104, abs=1e-4)
+        assert found["users_needed_for_2_points"] in (None, 646)
+
+
+@pytest.mark.parametrize(("users", "wanted"), [(5, "INCONCLUSIVE (these adapters)"), (6, "SUPPORTED (these adapters)")])
+def test_fewer_than_six_users_show_nothing(users, wanted):
+    assert judged(predictions_of(sft=-np.ones((users, 2)), dpo=np.ones((users, 2))))["verdict"] == wanted
+
+
+def test_a_control_of_fewer_pairs_than_sft_is_not_called_longer():
+    rows = pd.concat(
+        [
+            predictions_of(**{arm: np.ones((200, 2))}).assign(pairs_seen=seen)
+            for arm, seen in {"sft": 600.0, "sft_tenth": 60.0, "dpo": 1800.0}.items()
+        ]
+    )
+    assert "or another SFT." in judged(rows)["conclusion"] and "longer" not in summary(judged(rows))
+
+
+def test_runs_that_saw_other_numbers_of_pairs_are_not_said_to_have_seen_as_many_as_dpo():
+    rows = runs_of(3, {"dpo": 1800.0, "sft": 1800.0, "sft_more": 1800.0}, sft=0.6, sft_more=0.6, dpo=0.7)
+    assert "as many pairs as DPO" in judged(rows)["sentence"]
+    rows.loc[(rows["arm"] == "sft_more") & (rows["seed"] == rows["seed"].iloc[0]), "pairs_seen"] = 600.0
+    assert "as many pairs as DPO" not in judged(rows)["sentence"]
+
+
+@pytest.mark.parametrize("arm", ["sft", "sft_more"])
+def test_a_lean_that_hides_or_feigns_a_difference_is_told_of_each_arm_that_dpo_is_compared_with(arm):
+    films, users = np.tile(np.where(np.arange(400) % 3, 1.0, -1.0)[:, None], 2), 400
+    leaning = films + np.array([3.0, -3.0]) * (np.arange(users)[:, None] % 2)
+    fair = {"sft": films, "sft_more": films, "dpo": films}
+    feigned = judged(predictions_of(**fair | {arm: leaning}))["caveats"]
+    name = {"sft": "SFT", "sft_more": "SFT, continued"}[arm]
+    told = f"Order-free accuracy against {name}: the difference is "
+    assert any(caveat.startswith(told) and "which may be 0" in caveat for caveat in feigned)
+    better = np.tile(np.where(np.arange(400) % 10, 1.0, -1.0)[:, None], 2) + np.array([3.0, -3.0])
+    hidden = judged(predictions_of(**fair | {arm: films + np.array([3.0, -3.0]), "dpo": better}))["caveats"]
+    assert any(caveat.startswith(told) and "A lean to one letter hides" in caveat for caveat in hidden)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +159,7 @@ def test_what_both_verdicts_say(first, second, says):
     about = {"arms": arms, "control": "sft_more"}
     about |= {"scope": "method", "verdict": first, "control_verdict": second}
     assert says in conclusion(about)
-    arms["dpo"]["reference"] = "base"  # where the control begins, too
+    arms["dpo"]["reference"], arms["sft"]["pairs_seen"] = "base", 1.0  # where the control begins, too
     assert says.replace("continued", "longer") in conclusion(about)
 
 
@@ -311,7 +360,7 @@ def test_a_gain_that_is_only_less_position_bias_is_told_so():
     leaning, fair = (np.column_stack([preference - lean, preference + lean]) for lean in (1.5, 0.0))
     metrics = judged(predictions_of(sft=leaning, dpo=fair))
     assert metrics["verdict"] == "SUPPORTED (these adapters)"
-    assert any("still prefer the same films" in caveat for caveat in metrics["caveats"])
+    assert any("prefer the same films" in caveat for caveat in metrics["caveats"])
     better = np.column_stack([preference + 1, preference + 1])
     metrics = judged(predictions_of(sft=fair, dpo=better))
     assert metrics["verdict"] == "SUPPORTED (these adapters)"

@@ -90,7 +90,7 @@ def simulate(case: str, runs: tuple[int, int], spread: float, difference: float,
             arms.append(measured(right, user_of))
             true.append(of_runs.mean())
         parts = measures.difference(*arms)
-        found, scope = measures.difference_interval(parts, len(user_of)), measures.scope_of(parts)
+        found, scope = measures.difference_interval(parts, len(user_of), about["users"]), measures.scope_of(parts)
         truth = (1 - about["collapse"]) * difference if scope == "method" else 100 * (true[0] - true[1])
         given = verdict.verdict(found["value"], found["low"], found["high"])
         tally[given] += 1
