@@ -141,7 +141,7 @@ class TrainingSettings(Settings):
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
     max_pairs: int | None = _setting(None, "train on this many pairs, by hash, of as many users as there are")
-    validation_pairs: int = _setting(64, "training users held back to watch the loss; 0 for none")
+    validation_pairs: int = _setting(64, "training pairs, of whole users, held back to watch the loss; 0 for none")
     # LoRA
     lora_rank: int = _setting(16, "rank r of the adapter")
     lora_alpha: int = _setting(16, "scale of the adapter; the update is alpha / r times B A")
@@ -192,7 +192,7 @@ class EvaluationSettings(Settings):
     strangers: bool = _setting(True, "score with a stranger's history, too, for the personalisation gap")
     generate_users: int = _setting(100, "users to generate answers for; 0 for none")
     generate_samples: int = _setting(5, "answers for each of them (temperature 0.7, top-p 0.95)")
-    fast: bool = _setting(False, "score in TensorFloat-32 (GPU: 0.2 nats off) or bfloat16 (CPU: up to 2 nats off)")
+    fast: bool = _setting(False, "score in TensorFloat-32 (GPU) or bfloat16 (CPU), which is less exact; for trials")
     batch_users: int = _setting(16, "users scored at once; moves float32 scores below 1e-3 nats")
     compare_with: str | None = _setting(None, "another evaluation's predictions.csv: does DPO lead by more here?")
     from_predictions: str | None = _setting(None, "recompute all from this predictions.csv; no model is loaded")

@@ -4,7 +4,7 @@
     python evaluate_dpo.py --adapters strong=outputs/b05/llama3_dpo_4bit_final
     python evaluate_dpo.py --from_predictions outputs/evaluation/predictions.csv    # no model needed
 
-Every held-out pair is scored in both orders. `predictions.csv` holds one row per arm, user and order; all measures
+Every held-out pair is scored in both orders. `predictions.csv` holds one row per arm, run, pair and order; all measures
 are computed from it. `metrics.json`, `report.md` and `figures/` follow. Margins are in nats, preferred minus other
 film; the unit of every interval is the user.
 """
