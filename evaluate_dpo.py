@@ -264,8 +264,9 @@ def predict(
         config.read_base(precision)
     popularity, genres = film_counts(train), genre_pattern([*train, *test])
     parts, generated = baseline_rows(train, test), []
-    by_id = sorted(test, key=lambda pair: pair.pair_id, reverse=True)
-    asked = [*{pair.user_id: pair for pair in by_id}.values()][::-1][: settings.generate_users]  # for their answers
+    by_id = sorted(test, key=lambda pair: pair.pair_id)
+    firsts = {pair.user_id: pair for pair in reversed(by_id)}
+    asked = [pair for pair in by_id if firsts[pair.user_id] is pair][: settings.generate_users]  # one a user
     scored: list[tuple[str, str, Path | None]] = [("base", "", None)]
     scored += [(arm, seed, folder) for arm, seeds in adapters.items() for seed, folder in seeds.items()]
     seconds: dict[str, float] = {}

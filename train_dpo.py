@@ -60,6 +60,7 @@ class Data(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(TrainingSettings, arguments)
+
     # pairs
     train, test = config.load_split(settings)
     used, validation = hold_back(train, settings.validation_pairs, settings.max_pairs)

@@ -54,7 +54,7 @@ def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
     if trained_on and base_key(str(trained_on)) != base_key(base.name):
         return printable(f"{folder} was trained on the base model {trained_on}, not {base.name}")
     if (had := run.get("base_weights_digest")) and (there := weights_digest(base.name)) and had != there:
-        return printable(f"{folder} was trained on other weights than {base.name} holds now")
+        return printable(f"{folder} was trained on other weights or settings than {base.name} holds now")
     if (had := run.get("vocabulary")) and had != base.vocabulary:
         tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"
         return printable(f"{folder} was trained with another tokenizer, {tokens}")

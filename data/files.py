@@ -87,9 +87,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """One hash of a model folder's weights, by the size and the last megabyte of each file; "" if there is none."""
+    """A hash of a model folder's weights and configuration: of each file, its size and last megabyte; "" if none."""
     digest = hashlib.sha256()
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
+    files = sorted(path for pattern in ("*.safetensors", "*.bin", "config.json") for path in Path(folder).glob(pattern))
     for path in files:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -21,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
 STAGES = ("sft", "sft_more", "dpo")
 OF_START = "sha256 of the adapter that it starts from"
 OF_PROMPT = "hash of the prompt's words"
-OF_BASE = "hash of the base model's weights"
+OF_BASE = "hash of the base model's files"
 Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
 # These don't change what is trained, or are known by their content; a new setting counts.

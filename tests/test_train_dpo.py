@@ -122,13 +122,18 @@ def test_a_base_model_whose_folder_holds_other_weights_is_another(training_flags
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     flags = [*training_flags, "--base_model", str(base), "--stage", "sft", "--max_steps", "1"]
     train_dpo.main(flags)
+    before, shape = (base / "model.safetensors").read_bytes(), base / "config.json"
     weights = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="is there, with hash of the base model's weights .*\nGive --restart true"):
+    with pytest.raises(UserError, match="is there, with hash of the base model's files .*\nGive --restart true"):
         train_dpo.main(flags)
     base_now, split = config.read_base(settings_of(flags)), run_of(flags, "sft")["data"]["test_digest"]
     told = adapter_mismatch(folder_of(flags, "sft"), base_now, split)
-    assert told.endswith(f"was trained on other weights than {base} holds now")
+    assert told.endswith(f"was trained on other weights or settings than {base} holds now")
+    (base / "model.safetensors").write_bytes(before)
+    assert adapter_mismatch(folder_of(flags, "sft"), base_now, split) == "", "the same bytes are the same"
+    shape.write_text(shape.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert adapter_mismatch(folder_of(flags, "sft"), base_now, split) == told
 
 
 def test_a_finished_adapter_that_was_damaged_is_trained_again_when_asked(mine, capsys):
