@@ -10,7 +10,7 @@ from scipy import stats
 
 import config
 from data.files import read_json
-from data.measures import compute_metrics
+from data.measures import NO_EXCESS, Measured, compute_metrics, difference_interval
 from data.report import summary
 from data.verdict import NO_CONTROL, SAYS, conclusion, interval_text, judge, rounded, verdict
 
@@ -59,11 +59,11 @@ def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users
     metrics = judged(predictions_of(**arms))
     found = metrics["comparisons"]["dpo - sft"]
     share = gained / users
-    ends = ((0.025, -1), (0.975, 1))
-    low, high = (100 / users * (stats.binom.ppf(level, users, share) + step) for level, step in ends)
+    low = 100 / users * (stats.binom.ppf(0.025, users, share) - 1)
+    high = 100 * stats.beta.ppf(0.975, gained + 1, users - gained)  # Clopper and Pearson's
     assert found["value"] == pytest.approx(100 * share)
     assert found["low"] == pytest.approx(low, abs=110 / users)
-    assert found["high"] == pytest.approx(high, abs=110 / users)
+    assert found["high"] == pytest.approx(high, abs=60 / users)
     assert found["p"] == pytest.approx(2 * 0.5**gained)
     wanted = {(300, 1): "INCONCLUSIVE", (1208, 1): "PARTIAL: small gain", (6040, 1): "PARTIAL: small gain"}
     assert metrics["verdict"] == wanted.get((users, points), "SUPPORTED") + " (these adapters)"
@@ -107,6 +107,21 @@ def test_a_hundred_users_who_do_not_differ_do_not_show_that_arms_are_comparable(
         assert (1 - found["high"] / 100) ** 104 == pytest.approx(0.025)
         assert found["detectable_points"] == pytest.approx(790 / 104, abs=1e-4)
         assert found["users_needed_for_2_points"] in (None, 646)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("users", [400, 600, 800, 1208])
+def test_arms_are_seldom_called_comparable_where_one_is_a_point_better(users, direction):
+    """It is right where the other is, and on some users more: whatever their number, by the exact distribution of it."""
+    comparable = []
+    for number in range(20):
+        differs = 100.0 * direction * (np.arange(users) < number)
+        influence = (differs - differs.mean()) / users
+        one = Measured(("1",), np.array([differs.mean()]), influence[None], NO_EXCESS, True)
+        found = difference_interval([one], users, users)
+        if verdict(found["value"], found["low"], found["high"]) == "PARTIAL: comparable":
+            comparable.append(number)
+    assert 0 in comparable and stats.binom.pmf(comparable, users, 0.01).sum() <= 0.025
 
 
 @pytest.mark.parametrize(("users", "wanted"), [(5, "INCONCLUSIVE (these adapters)"), (6, "SUPPORTED (these adapters)")])

@@ -28,9 +28,10 @@ ACCURACY = 0.66  # of SFT, as in the study
 # Shares of the variance of a decision margin: what a user and a pair are to both arms and to one arm, what one run makes
 # of a pair, and what is left to the order of the options. By them an answer differs between arms and runs as in the study.
 SHARES = {"user": 0.1, "pair": 0.35, "arm and user": 0.05, "arm and pair": 0.15, "run and pair": 0.2, "order": 0.15}
+ALIKE = dict.fromkeys(SHARES, 0) | {"pair": 1}  # arms differ on few users, all in one direction
 # Differences of arms correlate by 0.24 between the pairs of a user
 MANY_PAIRS = {"user": 0.1, "pair": 0.35, "arm and user": 0.19, "arm and pair": 0.06, "run and pair": 0.1, "order": 0.2}
-PLAIN = {"users": 1208, "pairs": 1, "shared": 0.0, "lean": 0.0, "collapse": 0.0}
+PLAIN = {"users": 1208, "pairs": 1, "shared": 0.0, "lean": 0.0, "collapse": 0.0, "alike": False}
 SPECIAL = {  # what is not plain
     "runs correlated by seed": {"shared": 0.8},
     "letter lean varies by run": {"lean": 0.5},
@@ -39,18 +40,21 @@ SPECIAL = {  # what is not plain
     "10 pairs a user": {"users": 121, "pairs": 10},
     "a run answers one letter (20%)": {"collapse": 0.2},
 }
+ARMS_ALIKE = {f"arms alike, {users:,} users": {"users": users, "alike": True} for users in (100, 600, 1208, 6040)}
 CASES = [("plain", (runs, runs), spread, gain) for runs in (1, 2, 3, 5, 10) for spread in (0.5, 1, 2) for gain in (0, 5)]
 CASES += [(case, (runs, runs), 1, 0) for case in SPECIAL for runs in (1, 3, 5)]
 CASES += [(case, (5, 3), 1, gain) for case in ("plain", "runs correlated by seed") for gain in (0, 5)]
+CASES += [(case, (runs, runs), 0, 1.001) for case in ARMS_ALIKE for runs in (1, 3)]
 
 INTRODUCTION = """# Simulated studies
 
 Written by `python tests/benchmarks/simulation.py`: how often intervals and verdicts are right where the truth is known.
 Shares are in %. *Spread* is the standard deviation between the training runs of an arm, in points of ranking accuracy. A
-false verdict is SUPPORTED where the true difference is 0 or less, or NOT SUPPORTED where it is 0 or more. The truth is
-the expected difference over all runs for a verdict on the method, that of the runs at hand for one on these adapters.
-A row is of {studies:,} studies, with a standard error of {error:.2f} points where a share is 95%; each has 1,208 users
-with one pair each, where nothing else is said.
+false verdict is SUPPORTED where the true difference is 0 or less, NOT SUPPORTED where it is 0 or more, or PARTIAL:
+comparable where it is more than 1 either way. *Arms alike* differ on few users, all in one direction. The truth is the
+expected difference over all runs for a verdict on the method, that of the runs at hand for one on these adapters. A row
+is of {studies:,} studies, with a standard error of {error:.2f} points where a share is 95%; each has 1,208 users with
+one pair each, where nothing else is said.
 
 """
 
@@ -61,9 +65,9 @@ def simulate(case: str, runs: tuple[int, int], spread: float, difference: float,
     runs: of DPO and of SFT, with the seeds 0, 1, ... spread: standard deviation between runs of an arm, in points of
     ranking accuracy. difference: true DPO - SFT in points, where no run answers one letter.
     """
-    about = PLAIN | SPECIAL.get(case, {})
-    shares = MANY_PAIRS if about["pairs"] > 1 else SHARES
-    random = np.random.default_rng([len(case), *runs, int(10 * spread), difference, about["users"]])
+    about = PLAIN | (SPECIAL | ARMS_ALIKE).get(case, {})
+    shares = ALIKE if about["alike"] else MANY_PAIRS if about["pairs"] > 1 else SHARES
+    random = np.random.default_rng([len(case), *runs, int(10 * spread), int(difference), about["users"]])
     user_of = np.repeat(np.arange(about["users"]), about["pairs"])
     luck = spread / 100 / (math.exp(-(ndtri(ACCURACY) ** 2) / 2) / math.sqrt(2 * math.pi))  # on the scale of margins
     whole = math.sqrt(1 + luck**2 + about["lean"] ** 2)
@@ -97,9 +101,10 @@ def simulate(case: str, runs: tuple[int, int], spread: float, difference: float,
         tally["coverage"] += found["low"] <= truth <= found["high"]
         tally["false SUPPORTED"] += given == "SUPPORTED" and truth <= 0
         tally["false NOT SUPPORTED"] += given == "NOT SUPPORTED" and truth >= 0
+        tally["false comparable"] += given == "PARTIAL: comparable" and abs(truth) > 1
         tally["on the method"] += scope == "method"
         tally["width"] += found["high"] - found["low"]
-    names = ("on the method", "coverage", "false SUPPORTED", "false NOT SUPPORTED", *VERDICTS)
+    names = ("on the method", "coverage", "false SUPPORTED", "false NOT SUPPORTED", "false comparable", *VERDICTS)
     return {
         "case": case, "users": about["users"], "pairs_per_user": about["pairs"], "runs": list(runs), "spread_of_runs": spread,
         "true_difference": difference, "studies": studies, "coverage_error": round(math.sqrt(0.95 * 0.05 / studies), 4),
@@ -117,7 +122,7 @@ def measured(right: np.ndarray, user_of: np.ndarray) -> measures.Measured:
 
 def page(records: list[dict]) -> str:
     """The records as Markdown, with what a reader must know."""
-    shares = ("coverage", "false SUPPORTED", "false NOT SUPPORTED", *VERDICTS)
+    shares = ("coverage", "false SUPPORTED", "false NOT SUPPORTED", "false comparable", *VERDICTS)
     heads = ["case", "runs", "spread", "true difference", "verdict on", "mean width", "covers", *shares[1:]]
     rows = [heads, ["---"] * len(heads)]
     for record in records:
