@@ -421,16 +421,17 @@ def mcnemar(right_one: np.ndarray, right_other: np.ndarray) -> float:
 def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any]:
     """What these users can tell, and how many would tell more; the latter are None where runs count, too.
 
-    A difference is told from 0 with 80% power if it is (z_0.975 + z_0.8) / z_0.975 times half the interval.
+    A difference is told from 0 with 80% power if it is (z_0.975 + z_0.8) / z_0.975 times half the interval, before an
+    end of it moves out for the skewness.
     """
-    width = found["high"] - found["low"]
-    smallest = (ndtri(0.975) + ndtri(0.8)) / ndtri(0.975) * width / 2
+    half = min(found["high"] - found["value"], found["value"] - found["low"])
+    smallest = (ndtri(0.975) + ndtri(0.8)) / ndtri(0.975) * half
     # Six users on one side are the fewest for which McNemar's exact p is below 0.05; 7.9 are expected where 80% of such
     # counts are six or more
     fewest = 100 * 7.9
     needed = {
         "users_needed_for_2_points": max(math.ceil(fewest / 2), math.ceil(users * (smallest / 2) ** 2)),
-        "users_needed_to_decide": math.ceil(users * max(1.0, width) ** 2),
+        "users_needed_to_decide": math.ceil(users * max(1.0, 2 * half) ** 2),
     }
     needed = needed if scope == "adapters" else dict.fromkeys(needed)
     return {"detectable_points": number(max(smallest, fewest / users)), **needed}
