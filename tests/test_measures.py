@@ -288,7 +288,7 @@ def test_mcnemar_and_the_detectable_difference():
     ties = np.array([0.5] * 9)
     assert mcnemar(np.concatenate([one, ties]), np.concatenate([other, np.ones(9)])) == pytest.approx(by_hand)
     found = compute_metrics(pd.concat([*runs_of(0.5, arm="sft"), *runs_of(0.6)]))["comparisons"]["dpo - sft"]
-    error = (found["high"] - found["low"]) / 2 / stats.norm.ppf(0.975)
+    error = min(found["high"] - found["value"], found["value"] - found["low"]) / stats.norm.ppf(0.975)
     power = stats.norm.cdf(found["detectable_points"] / error - stats.norm.ppf(0.975))
     assert power == pytest.approx(0.8, abs=1e-6)
 
