@@ -20,6 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from data.baselines import BASELINES
 from data.errors import UserError
 from data.predictions import LOG_PROBS, MARGINS, margins_of
+from data.runs import Lineage
 
 SCHEMA_VERSION = 2  # of metrics.json
 MEASURES = {  # name: (label, unit)
@@ -87,16 +88,16 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         rows = rows_of[arm]
         kind, near_ties = rows["kind"].iloc[0], int((rows["decision_margin"].abs() < NEAR_TIE).sum())
         about = {"kind": kind, "seeds": len(runs[arm]), "near_ties": near_ties if kind == "model" else None}
-        about |= {"reference": rows["reference"].max() or None}
-        about |= {"beta": number(rows["beta"].max()), "pairs_seen": None}
-        if rows["pairs_seen"].nunique(dropna=False) == 1:  # runs that saw other numbers of pairs are no one arm
-            about["pairs_seen"] = number(rows["pairs_seen"].iloc[0])
+        first = rows.iloc[0]  # what is not the same in all runs is of no one arm
+        of_arm_itself = {name: first[name] for name in Lineage._fields if rows[name].nunique(dropna=False) == 1}
+        about |= {"reference": of_arm_itself.get("reference") or None}
+        about |= {name: number(of_arm_itself.get(name, math.nan)) for name in ("beta", "pairs_seen")}
         arms[arm] = about | {name: estimate(name, found) for name, found in of_arm.items()}
 
-    comparisons = {}
+    comparisons, sizes = {}, sizes_of(pairs, users)
     for one, other in compared_arms(arms):
         parts = {name: difference(measured[one][name], measured[other][name]) for name in COMPARED}
-        differences = {name: difference_interval(part, len(pairs), count) for name, part in parts.items()}
+        differences = {name: difference_interval(part, *sizes[name]) for name, part in parts.items()}
         ranking, scope = differences.pop("ranking_accuracy"), scope_of(parts["ranking_accuracy"])
         right = [wins(scores["decision_margin"].sum(axis=1)) for arm in (one, other) for scores in runs[arm].values()]
         single = len(pairs) == count and len(right) == 2  # McNemar's test knows users alone: no runs, no other pairs
@@ -108,6 +109,7 @@ def compute_metrics(predictions: pd.DataFrame) -> dict[str, Any]:
         for found, p in zip(tested, corrected.tolist(), strict=True):
             found["p_holm"] = p
     about = {"schema_version": SCHEMA_VERSION, "users": count, "pairs": len(pairs)}
+    about["effective_users"] = number(sizes["ranking_accuracy"][1])
     return about | {"arms": arms, "comparisons": comparisons}
 
 
@@ -140,9 +142,8 @@ def interaction(predictions: pd.DataFrame, others: pd.DataFrame) -> dict[str, An
             leads = [difference(*(arms[name]["ranking_accuracy"] for name in ("dpo", arm))) for arms in (here, there)]
             paired = all(len(lead) == 1 for lead in leads)
             parts = difference(*leads[0], *leads[1]) if paired else [*leads[0], *map(negated, leads[1])]
-            count = int(users.max()) + 1
-            interval, scope = difference_interval(parts, len(pairs), count), scope_of(parts)
-            detectable = users_needed(interval, count, scope)["detectable_points"]
+            interval, scope = difference_interval(parts, *sizes_of(pairs, users)["ranking_accuracy"]), scope_of(parts)
+            detectable = users_needed(interval, int(users.max()) + 1, scope)["detectable_points"]
             found[f"dpo - {arm}"] = interval | {"scope": scope, "detectable_points": detectable}
     if not found:
         raise UserError("the two evaluations have no arms dpo and sft in common", "Give those of both trainings.")
@@ -224,6 +225,17 @@ def popularity_of(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
     kinds = {"with": (more == "true") * 1.0, "against": (more == "false") * 1.0, "similar": similar}
     users = {kind: pairs.loc[among == 1, "user_id"].nunique() for kind, among in kinds.items()}
     return {kind: among if users[kind] >= FEWEST_USERS else among * math.nan for kind, among in kinds.items()}
+
+
+def sizes_of(pairs: pd.DataFrame, users: np.ndarray) -> dict[str, tuple[float, float]]:
+    """How many pairs a compared measure is on, and Kish's effective number of users: (sum of k)^2 / sum of k^2 for k
+    pairs of a user. Of a mean of two kinds of pairs: twice the fewer."""
+    counts = {kind: np.bincount(users, weights=among) for kind, among in popularity_of(pairs).items()}
+    counts["all"] = np.bincount(users)
+    sizes = {kind: (of.sum(), of.sum() ** 2 / (of**2).sum()) for kind, of in counts.items()}
+    balanced = tuple(2 * min(both) for both in zip(sizes["with"], sizes["against"], strict=True))
+    of_kinds = {"accuracy_similar_popularity": sizes["similar"], "popularity_balanced_accuracy": balanced}
+    return dict.fromkeys(COMPARED, sizes["all"]) | of_kinds
 
 
 def run_measures(scores: Scores, popular: dict[str, np.ndarray], users: np.ndarray) -> dict[str, tuple]:
@@ -389,13 +401,13 @@ def negated(measured: Measured) -> Measured:
     return measured._replace(values=-measured.values, influence=-measured.influence)
 
 
-def difference_interval(parts: Sequence[Measured], pairs: int, users: int) -> dict[str, Any]:
+def difference_interval(parts: Sequence[Measured], pairs: float, users: float) -> dict[str, Any]:
     """A difference of two arms' accuracies in points with its 95% interval and, where runs are paired, that of each.
 
     The ends are moved apart by the continuity correction 1/n on each side (Fleiss, Levin & Paik 2003, ch. 13, for
     paired proportions), since the difference moves in steps. Half of it is no less than the share of users who may
-    differ where none of these does (Clopper & Pearson 1934). Where users differ in one direction more than in the other,
-    the end on that side moves out for the skewness (Hall 1992, J. R. Stat. Soc. B 54). The other end stays, to be safe.
+    differ where none of these does (Clopper & Pearson 1934). Where users' differences are skewed, the end on that side
+    moves out (Hall 1992, J. R. Stat. Soc. B 54). The other end stays, to be safe. pairs, users: of `sizes_of`.
     """
     value = sum(part.values.mean() for part in parts)
     half = max(half_width(parts) + 100 / pairs, 100 * (1 - 0.025 ** (1 / users)))
@@ -431,7 +443,7 @@ def users_needed(found: dict[str, Any], users: int, scope: str) -> dict[str, Any
     fewest = 100 * 7.9
     needed = {
         "users_needed_for_2_points": max(math.ceil(fewest / 2), math.ceil(users * (smallest / 2) ** 2)),
-        "users_needed_to_decide": math.ceil(users * max(1.0, 2 * half) ** 2),
+        "users_needed_to_decide": math.ceil(users * max(1.0, found["high"] - found["low"]) ** 2),
     }
     needed = needed if scope == "adapters" else dict.fromkeys(needed)
     return {"detectable_points": number(max(smallest, fewest / users)), **needed}

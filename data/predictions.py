@@ -134,8 +134,8 @@ def problem_of(rows: pd.DataFrame) -> str:
     pairs, users = own["pair_id"].nunique(), own["user_id"].nunique()
     if users < 2 or (own.groupby(["arm", "seed"]).size() != 2 * pairs).any():
         return f"does not have each of its {pairs} pairs, of two users at least, in both orders under every arm"
-    if (own.groupby("pair_id")["user_id"].nunique() > 1).any():
-        return "has a pair of two users"
+    if (own.groupby("pair_id")[["user_id", *COUNTED, "preferred_more_popular"]].nunique() > 1).any(axis=None):
+        return "has a pair of two users, or of two counts of a film"
     return ""
 
 

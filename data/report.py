@@ -131,7 +131,7 @@ def half_interval(found: Facts) -> str:
 
 def differences(metrics: Facts) -> str:
     """DPO minus SFT and minus the control, and what these users can tell."""
-    arms, control, found = metrics["arms"], metrics["control"], metrics["comparisons"]["dpo - sft"]
+    control, found = metrics["control"], metrics["comparisons"]["dpo - sft"]
     compared = {name: metrics["comparisons"][name] for name in ("dpo - sft", f"dpo - {control}")[: 1 + bool(control)]}
     rows = [["difference in points", *compared], ["ranking accuracy", *map(verdict.interval_text, compared.values())]]
     for name in ("order_free_accuracy", "response_accuracy"):
@@ -144,13 +144,13 @@ def differences(metrics: Facts) -> str:
     names = zip(("SFT", "the control"), compared.values(), strict=False)
     told = " and ".join(f"{one['detectable_points']:.1f} points against {name}" for name, one in names)
     said = f"These {of_what} can tell {told} from 0 (80% power)."
-    if all(verdict.letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        said = f"{verdict.BOTH_ONE_LETTER}: more test users would not decide between them."
+    if "sft" in verdict.arms_of_one_letter(metrics["arms"]):
+        said = f"{verdict.all_one_letter(metrics)}: more test users would not decide between them."
     elif metrics["verdict"].startswith("INCONCLUSIVE") and found["scope"] == "method":
         said += " More runs and more users would narrow the interval."
     elif metrics["verdict"].startswith("INCONCLUSIVE"):
         said += f" About {found['users_needed_for_2_points']:,} test users can tell 2 points from 0."
-        said += f" About {found['users_needed_to_decide']:,} always decide: their interval is ±0.5 points."
+        said += f" About {found['users_needed_to_decide']:,} always decide: their interval is 1 point wide."
     return "\n".join([*aligned(rows), wrapped(said)])
 
 

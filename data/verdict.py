@@ -7,7 +7,6 @@ from data.measures import NEAR_TIE, RUNS_FOR_METHOD, sft_controls
 
 KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's name for readers
 FEWEST = 6  # users for a verdict
-BOTH_ONE_LETTER = "Both arms answer one letter almost always"
 NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
 SHARES = {1: "as many pairs", 2: "half of the pairs", 3: "a third of the pairs"}
@@ -30,11 +29,11 @@ def judge(metrics: dict[str, Any]) -> dict[str, Any]:
     arms, comparisons, controls = metrics["arms"], metrics["comparisons"], sft_controls(metrics["arms"])
     for arm in ("sft", *controls):
         if found := comparisons.get(f"dpo - {arm}"):
-            undecided = all(letter_always_answered(arms[name]) for name in (arm, "dpo")) or metrics["users"] < FEWEST
+            undecided = arm in arms_of_one_letter(arms) or metrics["effective_users"] < FEWEST
             says = verdict(found["value"], found["low"], found["high"], undecided)
             found["verdict"] = says if found["scope"] == "method" else f"{says} (these adapters)"
     if "dpo - sft" in comparisons:
-        best = max(controls, key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default=None)
+        best = max(sorted(controls), key=lambda arm: arms[arm]["ranking_accuracy"]["value"], default=None)
         control = "sft_more" if "sft_more" in controls else best
         metrics["verdict"] = comparisons["dpo - sft"]["verdict"]
         metrics["control"] = control
@@ -51,7 +50,8 @@ def verdict(difference: float, low: float, high: float, undecided: bool = False)
     """The verdict on DPO - SFT, all in percentage points of ranking accuracy; the first rule that holds.
 
     undecided: INCONCLUSIVE whatever these are. Both arms answer one letter almost whatever the options are, and so have
-    about 50% whichever films they prefer; or users are fewer than the six without which no exact test finds anything.
+    about 50% whichever films they prefer; or effective users are fewer than the six without which no exact test finds
+    anything.
     """
     if undecided:
         return "INCONCLUSIVE"
@@ -75,6 +75,18 @@ def letter_always_answered(measures: dict[str, Any], seed: str = "") -> str:
     if consistency is None or consistency > 10:
         return ""
     return "one letter" if abs(bias) < 80 else "A" if bias > 0 else "B"
+
+
+def arms_of_one_letter(arms: dict[str, Any]) -> list[str]:
+    """Arms of SFT that answer one letter almost always, where DPO does, too: accuracy does not compare them."""
+    return [arm for arm in ("sft", *sft_controls(arms)) if all(map(letter_always_answered, (arms[arm], arms["dpo"])))]
+
+
+def all_one_letter(metrics: dict[str, Any]) -> str:
+    """That DPO and SFT, the control or both answer one letter almost always; "" where it is not so."""
+    names = {"sft": "SFT"} | ({metrics["control"]: longer(metrics)} if metrics["control"] else {})
+    alike = [names[arm] for arm in arms_of_one_letter(metrics["arms"]) if arm in names]
+    return f"{listed(['DPO', *alike], 'and')} answer one letter almost always" if alike else ""
 
 
 def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
@@ -103,7 +115,7 @@ def conclusion(metrics: dict[str, Any]) -> str:
     else:
         link = "but" if (first in BETTER) != (second in BETTER) else "and"
         text = f"{dpo} {SAYS[first]} SFT, {link} {SAYS[second]} {longer(metrics)}."
-        text += " So more training may explain its lead." * gains
+        text += " So more training may explain its lead." * (gains and longer(metrics) != "another SFT")
     return text[0].upper() + text[1:]
 
 
@@ -146,10 +158,11 @@ def sentence(metrics: dict[str, Any], model: str = "") -> str:
         text += f" The control, {name}, reached {accuracy[control]} ({as_dpo}{runs_text(arms, control)})."
         text += f" DPO minus the control is {spoken(comparisons[f'dpo - {control}'])}."
     text += f" {metrics['conclusion']}"
-    if all(letter_always_answered(arms[arm]) for arm in ("sft", "dpo")):
-        text += f" {BOTH_ONE_LETTER}, so their accuracies do not show how they compare."
+    if alike := all_one_letter(metrics):
+        text += f" {alike}, so their accuracies do not show how they compare."
     if metrics["scope"] == "adapters":
-        text += f" This result is on these adapters only. A result on the method takes {RUNS_FOR_METHOD} runs per arm."
+        which = "This result" if comparisons["dpo - sft"]["scope"] == "adapters" else "The result against the control"
+        text += f" {which} is on these adapters only. A result on the method takes {RUNS_FOR_METHOD} runs per arm."
     if "popularity" in arms:
         text += f" Taking the more popular film reached {accuracy['popularity']}."
     return text
@@ -288,6 +301,9 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
         says = also["verdict"].partition(" (")[0]
         if arm != metrics["control"] and says not in BETTER and (difference["low"] > 0 or also["high"] < 0):
             found.append(f"DPO: it {SAYS[says]} {arm} ({interval_text(also)} points).")
+    if metrics["effective_users"] < metrics["users"] / 2:
+        told = f"they count as {metrics['effective_users']:.0f} (Kish's effective number)"
+        found.append(f"Few of the {metrics['users']:,} test users have most of the pairs: {told}.")
     few = [arm for arm in ("sft", "dpo", metrics["control"]) if arm and arms[arm]["seeds"] < RUNS_FOR_METHOD]
     if few:
         runs = "; ".join(f"{named(arm, metrics)}: {arms[arm]['seeds']}" for arm in few)

@@ -270,6 +270,16 @@ def test_the_interval_of_a_difference_is_moved_apart_by_one_pair_on_each_side():
     assert alike["high"] > 70, "three users tell little, however many their pairs"
 
 
+def test_an_interval_on_few_of_the_users_is_no_narrower_than_for_these_alone():
+    rows = predictions_of(**dict.fromkeys(("sft", "dpo"), np.ones((400, 2))))
+    few = rows["pair_id"].isin(rows["pair_id"].unique()[:40])  # the less popular film, by little
+    rows = rows.assign(preferred_count=np.where(few, 4, 9), other_count=np.where(few, 5, 1))
+    found = compute_metrics(completed(rows))["comparisons"]["dpo - sft"]
+    ends = {name: found[name]["high"] for name in ("accuracy_similar_popularity", "popularity_balanced_accuracy")}
+    wanted = [100 * (1 - 0.025 ** (1 / count)) for count in (40, 80, 400)]
+    assert [*ends.values(), found["high"]] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_p_is_of_single_runs_alone_and_corrected_among_them():
     right = {"sft": 0.5, "dpo": 0.7, "strong": 0.6}
     runs = {arm: runs_of(share, share, users=200, arm=arm) for arm, share in right.items()}

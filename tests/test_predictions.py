@@ -34,6 +34,7 @@ WHOLE = SECOND + "".join(row(user=f"u{pair}", pair=pair, order=order) for pair i
         (WHOLE.replace("sft,0.1", "base,0.1", 1), "two references, betas or pairs_seen for one run"),
         (WHOLE.replace(",uy,", ",ux,"), "of two users at least"),
         (WHOLE.replace(",uy,y,B", ",uz,y,B"), "has a pair of two users"),
+        (WHOLE.replace("3,1", "4,1", 1), "two counts of a film"),
         (WHOLE.replace(",own,1,", ",own,,", 1), "margin that is missing"),
     ],
 )

@@ -86,7 +86,8 @@ def test_two_arms_that_answer_one_letter_are_not_called_comparable():
     metrics = judged(predictions_of(sft=always_b, dpo=always_b))
     assert metrics["comparisons"]["dpo - sft"]["low"] == pytest.approx(100 * (0.025 ** (1 / 400) - 1), abs=1e-6)
     assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
-    assert "Both arms answer one letter" in metrics["sentence"] and "always decide" not in summary(metrics)
+    assert "DPO and SFT answer one letter almost always, so" in metrics["sentence"]
+    assert "always decide" not in summary(metrics)
     each_its_own = [predictions_of(sft=sign * always_b, dpo=sign * always_b) for sign in (1, -1)]
     metrics = judged(pd.concat([run.assign(seed=str(seed)) for seed, run in enumerate(each_its_own)]))
     assert metrics["verdict"] == "INCONCLUSIVE (these adapters)"
@@ -112,7 +113,7 @@ def test_a_hundred_users_who_do_not_differ_do_not_show_that_arms_are_comparable(
 @pytest.mark.parametrize("direction", [1, -1])
 @pytest.mark.parametrize("users", [400, 600, 800, 1208])
 def test_arms_are_seldom_called_comparable_where_one_is_a_point_better(users, direction):
-    """It is right where the other is, and on some users more: whatever their number, by the exact distribution of it."""
+    """It is right where the other is, and on some users more; their number has an exact distribution."""
     comparable = []
     for number in range(20):
         differs = 100.0 * direction * (np.arange(users) < number)
@@ -129,6 +130,16 @@ def test_fewer_than_six_users_show_nothing(users, wanted):
     assert judged(predictions_of(sft=-np.ones((users, 2)), dpo=np.ones((users, 2))))["verdict"] == wanted
 
 
+def test_one_user_of_many_pairs_is_one_user():
+    better = np.where(np.arange(120) < 100, 1.0, -1.0)[:, None].repeat(2, axis=1)
+    rows = predictions_of(sft=-np.ones((120, 2)), dpo=better)
+    pairs = rows["pair_id"].unique()
+    heavy = rows.assign(user_id=np.where(rows["pair_id"].isin(pairs[:100]), "one", rows["pair_id"]))
+    metrics = judged(heavy)
+    assert metrics["verdict"].startswith("INCONCLUSIVE") and metrics["effective_users"] < 2
+    assert any("the 21 test users have most of the pairs: they count as 1 " in told for told in metrics["caveats"])
+
+
 def test_a_control_of_fewer_pairs_than_sft_is_not_called_longer():
     rows = pd.concat(
         [
@@ -137,6 +148,9 @@ def test_a_control_of_fewer_pairs_than_sft_is_not_called_longer():
         ]
     )
     assert "or another SFT." in judged(rows)["conclusion"] and "longer" not in summary(judged(rows))
+    wrong = (rows["arm"] == "sft") & rows["pair_id"].isin(rows["pair_id"].unique()[:80])
+    found = judged(rows.assign(decision_margin=np.where(wrong, -1.0, 1.0)))
+    assert found["verdict"].startswith("SUPPORTED") and "may explain its lead" not in found["conclusion"]
 
 
 def test_runs_that_saw_other_numbers_of_pairs_are_not_said_to_have_seen_as_many_as_dpo():
