@@ -79,7 +79,8 @@ def letter_always_answered(measures: dict[str, Any], seed: str = "") -> str:
 
 def arms_of_one_letter(arms: dict[str, Any]) -> list[str]:
     """Arms of SFT that answer one letter almost always, where DPO does, too: accuracy does not compare them."""
-    return [arm for arm in ("sft", *sft_controls(arms)) if all(map(letter_always_answered, (arms[arm], arms["dpo"])))]
+    found = [arm for arm in ("sft", *sft_controls(arms)) if arm in arms and letter_always_answered(arms[arm])]
+    return found if letter_always_answered(arms["dpo"]) else []
 
 
 def all_one_letter(metrics: dict[str, Any]) -> str:

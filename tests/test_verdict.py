@@ -71,8 +71,9 @@ def test_a_dpo_that_is_better_on_some_users_gets_the_verdict_of_arithmetic(users
 
 
 def test_without_both_arms_there_is_no_verdict():
-    metrics = judged(predictions_of(a=np.ones((40, 2)), sft=np.ones((40, 2))))
-    assert not {"verdict", "caveats", "sentence"} & set(metrics) and "no verdict" in summary(metrics)
+    for others in (("a", "sft"), ("sft_more", "dpo")):
+        metrics = judged(predictions_of(**dict.fromkeys(others, np.ones((40, 2)))))
+        assert not {"verdict", "caveats", "sentence"} & set(metrics) and "no verdict" in summary(metrics)
 
 
 def test_an_arm_that_answers_one_letter_is_told_so():
