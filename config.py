@@ -160,7 +160,7 @@ class TrainingSettings(Settings):
     # optimisation
     effective_batch: int = _setting(8, "pairs a step, over micro-batches, accumulation and GPUs")
     batch_size: int | None = _setting(None, "pairs in one micro-batch; default: what fits the GPU")
-    max_steps: int = _setting(-1, "stop each stage after this many steps; -1 for whole epochs")
+    max_steps: int = _setting(-1, "train each stage for this many steps, whatever its epochs; -1 for whole epochs")
     optim: str = _setting("adamw_torch_fused", "optimiser, by its name in transformers")
     lr_scheduler: str = _setting("linear", "shape of the learning rate after warm-up")
     warmup_steps: int = _setting(5, "steps of linear warm-up")

@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             drawn = preference_rows(used, settings.option_order, run.settings.seed)
             train_stage(run.stage, run.settings, data._replace(rows=drawn), run.start)
-    if config.RANK == 0:
-        print(f"\nnext: {config.next_command(settings)}", flush=True)
+    print(f"\nnext: {config.next_command(settings)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ a stage, whole
@@ -103,9 +102,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
     began = time.monotonic()
     folder, checkpoints = config.adapter_folder(settings, stage), config.checkpoints_folder(settings, stage)
     kind = "shared" if shares_prompt(settings) else "stock"
-    origin = f"the adapter {start}" if start else "the base model"
-    model = f"{settings.bits}-bit {settings.base_model}"
-    print(f"{stage}: {len(data.rows):,} rows from {origin}\n  {model}, {kind} trainer", flush=True)
+    print(f"{stage}: {len(data.rows):,} rows from {f'the adapter {start}' if start else 'the base model'}")
+    print(f"  {settings.bits}-bit {settings.base_model}, {kind} trainer", flush=True)
     start_sha256 = file_sha256(start / WEIGHTS) if start else None
     how = {"backend": config.backend_of(settings), "processes": config.PROCESSES}
     identity = runs.decisive(stage, vars(settings), data.split["pairs_sha256"], start_sha256) | how
@@ -118,10 +116,10 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         trainer, fitted = train_within_memory(stage, settings, data, start)
         history, steps = trainer.state.log_history, trainer.state.global_step
         losses = [entry["loss"] for entry in history if "loss" in entry]
-        seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0)
         gaps = np.diff(trainer.step_ends)  # without the first step, which compiles
         seen = runs.rows_in(steps, len(data.rows), settings.effective_batch)
         before = runs.pairs_seen(start) if start else 0
+        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_process_memory()
         run = {
             "stage": stage, "settings": dataclasses.asdict(settings),
             "initial_adapter": str(start) if start else None, "initial_adapter_sha256": start_sha256,
@@ -129,9 +127,9 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
             "data": data.split, "rows": len(data.rows), "steps": steps,
             **fitted,  # after a resumption, seconds and memory are those since then
             "rows_seen": seen, "pairs_seen": seen + before if before or not start else None,  # its start's included
-            "first_loss": losses[0], "last_loss": losses[-1], "train_seconds": round(seconds, 1),
+            "first_loss": losses[0], "last_loss": losses[-1], "wall_seconds": round(time.monotonic() - began, 1),
             "rows_per_second": round(settings.effective_batch / statistics.median(gaps), 3) if len(gaps) else None,
-            "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_gb": round(peak_memory(), 2),
+            "train_seconds": round(history[-1].get("train_runtime", 0), 1), "peak_memory_gb": round(peak, 2),
             "vocabulary": len(trainer.processing_class), "base_weights_digest": weights_digest(settings.base_model),
             **how, **config.environment_facts(), "log_history": history,
         }
@@ -170,16 +168,14 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
         config.join_processes()
         fitting = gather_object([(batch_size, checkpointing)])
         batch_size, checkpointing = min(size for size, _ in fitting), any(kept for _, kept in fitting)
-    may_checkpoint = settings.gradient_checkpointing is None
-    trainer = None
     while True:
-        settings = dataclasses.replace(settings, gradient_checkpointing=checkpointing, cuda_graphs=graphs)
+        attempt = dataclasses.replace(settings, gradient_checkpointing=checkpointing, cuda_graphs=graphs)
         set_seed(settings.seed)  # before the adapter is made: TRL does not seed it
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier stage, or of an attempt that failed
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Unsloth's banners; the progress bar is on stderr
-                trainer = build_trainer(stage, settings, data, start, batch_size)
+                trainer = build_trainer(stage, attempt, data, start, batch_size)
                 trainer.accelerator.wait_for_everyone()  # the first process may have thrown checkpoints away
                 checkpoint = runs.last_whole_checkpoint(config.checkpoints_folder(settings, stage))
                 train_from(trainer, checkpoint, stage)
@@ -189,36 +185,26 @@ def train_within_memory(stage: str, settings: TrainingSettings, data: Data, star
                 "cuda_graphs": len(getattr(getattr(trainer, "hidden_states", None), "captured", ())),
                 "resumed_from_step": checkpoint and int(checkpoint.name.rpartition("-")[2]),
             }
-        except torch.OutOfMemoryError:
-            trainer = problem = None  # goes on below, where nothing holds on to the tensors
         except Exception as error:
-            problem = failed_kernel(error)
-            if not problem or not shares_prompt(settings):
+            problem = failed_kernel(error) if shares_prompt(settings) else ""
+            if not problem and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            trainer = None
+            trainer = None  # goes on below, where nothing holds on to the tensors
         release_memory()
         if problem:
-            print(f"{stage}: {problem}; starting again with the stock trainer", file=sys.stderr, flush=True)
-            settings, graphs = dataclasses.replace(settings, trainer="stock"), False
-            continue
-        if graphs:
+            settings, graphs, less = dataclasses.replace(settings, trainer="stock"), False, "with the stock trainer"
+        elif graphs:
             graphs, less = False, "without CUDA graphs"
-        elif config.PROCESSES > 1 or (batch_size == 1 and (checkpointing or not may_checkpoint)):
-            keep = "" if checkpointing else "Give --gradient_checkpointing true. "
-            one = "Lower --bits, --lora_rank (of SFT) or the length of the texts."
-            lower = "Lower --batch_size." if batch_size > 1 else one
-            raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", keep + lower)
-        elif may_checkpoint and not checkpointing:
+        elif config.PROCESSES == 1 and not checkpointing and settings.gradient_checkpointing is None:
             checkpointing, less = True, "with gradient checkpointing"  # never with graphs, which would record it twice
-        else:
+        elif config.PROCESSES == 1 and batch_size > 1:
             batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
             less = f"with micro-batches of {batch_size}, {share // batch_size} to a step"
-        print(f"{stage}: out of memory; starting again {less}", flush=True)
-
-
-def peak_memory() -> float:
-    """Peak memory in GB: the GPU's where there is one, else the process's."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_process_memory()
+        else:
+            keep = "" if checkpointing else "Give --gradient_checkpointing true. "
+            lower = "--batch_size" if batch_size > 1 else "--bits, --lora_rank (of SFT) or the length of the texts"
+            raise UserError(f"{stage}: out of memory with a micro-batch of {batch_size}", f"{keep}Lower {lower}.")
+        print(f"{stage}: {problem or 'out of memory'}; starting again {less}", flush=True)
 
 
 def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> None:
@@ -227,11 +213,9 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
     state = trainer.accelerator.get_state_dict(trainer.model) if config.FSDP else None
     if config.RANK == 0:
         with whole_folder(folder) as made:
-            model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)
-            model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
             name = HUB_NAMES.get(settings.base_model, settings.base_model)  # one that any client finds
-            described = read_json(made / "adapter_config.json") | {"base_model_name_or_path": name}
-            write_json(made / "adapter_config.json", described)
+            model.peft_config["default"].base_model_name_or_path = name
+            model.save_pretrained(made, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
             config.load_tokenizer(settings).save_pretrained(made)
             write_json(made / RUN, run)
             draw_losses(run["log_history"], run["stage"]).savefig(made / "loss.png", dpi=150)
@@ -243,7 +227,6 @@ def save_adapter(trainer: Any, folder: Path, settings: TrainingSettings, run: di
 
 def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
     """Train from the start or go on from a checkpoint; stopped from outside, save the step, raise KeyboardInterrupt."""
-    from peft import set_peft_model_state_dict
     from transformers import TrainerCallback
 
     class AllTrained(Exception):
@@ -257,6 +240,7 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
                 raise AllTrained
 
         def on_step_end(self, args, state, control, **kwargs):
+            trainer.step_ends.append(time.monotonic())
             if self.stopping:
                 control.should_save = control.should_training_stop = True
             if state.global_step >= state.max_steps:  # or run.json would not have the last losses
@@ -273,17 +257,12 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
             self.stopping = True
             print(f"\n{stage}: stopping after this step", file=sys.stderr, flush=True)
 
-    def load_policy(path: str, model: Any = None) -> None:
-        """Beside a frozen reference transformers loads the reference alone; this also keeps the adapter in float32."""
-        set_peft_model_state_dict(trainer.model, load_file(Path(path) / WEIGHTS), adapter_name="default")
-
-    checkpoints = Checkpoints()
+    trainer.step_ends, checkpoints = [], Checkpoints()
     trainer.add_callback(checkpoints)  # after training_health, which looks at the gradients before one is sealed
-    if checkpoint:
-        if config.RANK == 0:
-            print(f"{stage}: goes on from {checkpoint}", file=sys.stderr, flush=True)
-        if not config.FSDP:
-            trainer._load_from_checkpoint = load_policy
+    if checkpoint and config.RANK == 0:
+        print(f"{stage}: goes on from {checkpoint}", file=sys.stderr, flush=True)
+    if not config.FSDP:  # beside a frozen reference transformers loads the reference alone
+        trainer._load_from_checkpoint = lambda path: load_policy(trainer.model, Path(path))
     signals = (signal.SIGINT, signal.SIGTERM) if config.PROCESSES == 1 else ()  # several would not stop together
     before = {number: signal.signal(number, checkpoints.stop) for number in signals}
     try:
@@ -319,7 +298,6 @@ def build_trainer(stage: str, settings: TrainingSettings, data: Data, start: Pat
         adapter["peft_config"] = config.lora_config(settings)
     else:
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
-        config.check_loaded(model, "default", start)
         model.peft_config["default"].base_model_name_or_path = config.model_path(settings.base_model)  # not on the hub
     rows, watched = data.rows, data.validation_rows
     if stage != "dpo":
@@ -327,17 +305,18 @@ def build_trainer(stage: str, settings: TrainingSettings, data: Data, start: Pat
     shared, kind = shares_prompt(settings), DPOTrainer if stage == "dpo" else SFTTrainer
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.outputs) / "logs" / stage)  # checkpoints are removed
     if shared:
-        kind = tree_trainer(stage, in_one_row(settings), bool(settings.cuda_graphs))
-    health = training_health(stage, first_loss_tolerance(settings))
+        kind = tree_trainer(kind, stage, in_one_row(settings), bool(settings.cuda_graphs))
     sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(watched) if watched else None}
-    about = {"args": trainer_arguments(stage, settings, batch_size), "callbacks": [health]}
+    about = {"args": trainer_arguments(stage, settings, batch_size), "callbacks": [training_health(stage, settings)]}
     trainer = kind(model=model, processing_class=tokenizer, **sets, **about, **adapter)
-    trainer.step_ends = health.step_ends
     check_tokenized(trainer.train_dataset, rows, tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress_bar(stage))
     if not config.FSDP:  # which shards what has one dtype
         keep_adapter_in_float32(trainer.model)
+        if start:
+            load_policy(trainer.model, start)  # its weights, which TRL has rounded to bfloat16
+            config.check_loaded(trainer.model, "default", start)
     if shared:
         check_isolation(trainer, stage, settings.bits)
     if shared and stage == "dpo":
@@ -350,12 +329,11 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
     from trl import DPOConfig, SFTConfig
 
     bfloat16, watched = config.training_dtype() == torch.bfloat16, bool(settings.validation_pairs)
-    epochs = settings.sft_epochs if stage == "sft" else settings.epochs
-    rate = runs.learning_rate({"stage": stage, "settings": vars(settings)})
     shared = {
         "output_dir": str(config.checkpoints_folder(settings, stage)), "report_to": settings.report_to,
         "seed": settings.seed, "data_seed": settings.seed,
-        "num_train_epochs": epochs, "max_steps": settings.max_steps, "learning_rate": rate,
+        "num_train_epochs": settings.sft_epochs if stage == "sft" else settings.epochs, "max_steps": settings.max_steps,
+        "learning_rate": runs.learning_rate({"stage": stage, "settings": vars(settings)}),
         "max_length": settings.max_length,  # run_checks has seen that every row fits: none is cut, none dropped
         "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": settings.effective_batch // config.PROCESSES // batch_size,
@@ -384,15 +362,17 @@ def trainer_arguments(stage: str, settings: TrainingSettings, batch_size: int) -
 
 
 def keep_adapter_in_float32(model: Any) -> None:
-    """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round small updates away.
-
-    Weights come from the frozen copy that is the reference, where there is one: the cast left it alone.
-    """
-    weights = dict(model.named_parameters())
-    for name, weight in weights.items():
+    """Undo TRL's cast of a quantised model's adapter to bfloat16, which would round small updates away."""
+    for weight in model.parameters():
         if weight.requires_grad:
-            source = weights.get(name.replace(".default.", ".ref."), weight)
-            weight.data = source.detach().float().clone()
+            weight.data = weight.data.float()
+
+
+def load_policy(model: Any, folder: Path) -> None:
+    """Give the policy the weights of an adapter or a checkpoint, in the precision that it has."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name="default")
 
 
 def first_loss_tolerance(settings: TrainingSettings) -> float:
@@ -405,7 +385,7 @@ def first_loss_tolerance(settings: TrainingSettings) -> float:
     return settings.beta if rounds and shares_prompt(settings) else 1e-3
 
 
-def training_health(stage: str, tolerance: float) -> Any:
+def training_health(stage: str, settings: TrainingSettings) -> Any:
     """A callback that stops a run that cannot learn, learns against a wrong reference, or falls apart."""
     from transformers import TrainerCallback
 
@@ -413,21 +393,16 @@ def training_health(stage: str, tolerance: float) -> Any:
     lower = f"Lower --{prefix}learning_rate or --max_grad_norm, with --restart true."
 
     class TrainingHealth(TrainerCallback):
-        def __init__(self) -> None:
-            self.step_ends: list[float] = []
-            self.looking: tuple[int, Any, Any] = (0, True, None)  # a step, are its gradients finite, when that is known
-            self.weights: list[Any] = []
+        looking: tuple[int, Any, Any] = (0, True, None)  # a step, are its gradients finite, when that is known
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             self.look()
-            if not self.weights or config.FSDP:  # to find them means to walk over every module
-                self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-            norms = torch._foreach_norm([weight.grad for weight in self.weights if weight.grad is not None])
-            if norms:
-                finite = torch.stack(norms).isfinite().all()
-                found = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
-                copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
-                self.looking = state.global_step + 1, found, copied
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            norms = torch._foreach_norm([weight.grad for weight in weights if weight.grad is not None])
+            finite = torch.stack(norms).isfinite().all()
+            found = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+            self.looking = state.global_step + 1, found, copied
 
         def look(self) -> None:
             """At the gradients of the step before: those of this one would have to be waited for."""
@@ -439,9 +414,6 @@ def training_health(stage: str, tolerance: float) -> Any:
 
         def on_save(self, args, state, control, **kwargs):
             self.look()  # before the checkpoint is called whole; the last step is always saved
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.step_ends.append(time.monotonic())
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "loss" not in logs:
@@ -457,7 +429,7 @@ def training_health(stage: str, tolerance: float) -> Any:
                 problem = f"{stage}: the loss diverges: {losses[0]:.3f} at first, {losses[-1]:.3f} at step {step}"
                 raise UserError(problem, lower)
             off = 0 if stage != "dpo" or args.loss_type != ["sigmoid"] else abs(loss - math.log(2))
-            if step == 1 and (abs(margin) > tolerance or off > tolerance):
+            if step == 1 and max(off, abs(margin)) > first_loss_tolerance(settings):
                 problem = (
                     f"{stage}: the first loss is {loss:.4f} (sigmoid: ln 2 = 0.6931), the first reward margin "
                     f"{margin:.4f} and not 0: the reference is not the policy that training starts from"
@@ -509,23 +481,22 @@ def in_one_row(settings: TrainingSettings) -> bool:
     return config.backend_of(settings) == "unsloth" and settings.bits != 8
 
 
-def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
-    """TRL's trainer of a stage, which computes a pair as one tree of tokens (data/trees.py).
+def tree_trainer(kind: type, stage: str, in_row: bool, graphs: bool) -> type:
+    """TRL's trainer of a stage, but one that computes a pair as one tree of tokens (data/trees.py).
 
     In DPO the prompt is computed once, not once for each response; in SFT the tree has one branch. Logits are made only
     where a response token is predicted. Data, reference, DPO's losses and metrics stay TRL's: it has a route for
     kernels that give log-probabilities without logits. The loss of SFT is its mean over the step's response tokens.
     """
-    from trl import DPOTrainer, SFTTrainer
     from trl.models.utils import _ForwardRedirection
     from trl.trainer.utils import _ChunkedLogProbFunction
 
-    class TreeTrainer(DPOTrainer if stage == "dpo" else SFTTrainer):
+    class TreeTrainer(kind):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self._forward_redirection = _ForwardRedirection()  # runs it inside the wrapper that several processes need
             self.use_liger_kernel = True  # TRL's name for that route; no Liger kernel is used
-            self.model_accepts_loss_kwargs = stage != "dpo"  # so that a step's response tokens are counted
+            self.model_accepts_loss_kwargs = True  # so that a step's response tokens are counted, and in DPO its rows
             if stage != "dpo":
                 self.data_collator = lambda rows: {"labels": torch.from_numpy(labels_of(rows))}
                 self._signature_columns = ["input_ids", "labels", "completion_mask"]
@@ -542,12 +513,9 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
         def floating_point_ops(self, inputs):
             return 0  # to count them is another walk
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            given = (inputs, return_outputs) if stage == "dpo" else (inputs, return_outputs, num_items_in_batch)
-            if hasattr(model, "peft_config"):  # to unwrap it is another such walk
-                return self._compute_loss(model, *given)
-            unwrapped = self.accelerator.unwrap_model(model)
-            return self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, *given)
+        def compute_loss(self, model, *given, **named):
+            unwrapped = getattr(model, "module", model)  # accelerate's way is another such walk
+            return self._forward_redirection(model, unwrapped, self._compute_loss, unwrapped, *given, **named)
 
         def response_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
             """Log-probabilities and entropies of the batch's response tokens, each (response tokens,)."""
@@ -560,8 +528,6 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
                 return _ChunkedLogProbFunction.apply(before, head.weight, head.bias, targets, 1.0, chunk)
 
     class TreeDPOTrainer(TreeTrainer):
-        usual_rows: float | None = None  # of a step's micro-batches, on average
-
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             gather, for_metrics = self.accelerator.gather, self.accelerator.gather_for_metrics  # of what TRL will log
@@ -569,15 +535,13 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             self.accelerator.gather_for_metrics = lambda values: for_metrics(values).as_subclass(Later)
 
         def get_batch_samples(self, *arguments, **more):
-            batches, count = super().get_batch_samples(*arguments, **more)
-            self.usual_rows = statistics.fmean(len(batch["input_ids"]) for batch in batches) if batches else None
-            return batches, count
+            batches, _ = super().get_batch_samples(*arguments, **more)
+            return batches, sum(len(batch["input_ids"]) for batch in batches)
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Of a step's micro-batches the last of a pass may be short: its rows count as much as any."""
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            alone = return_outputs or not model.training or not self.usual_rows
-            return found if alone else found * (len(inputs["input_ids"]) / self.usual_rows)
+            loss = super()._compute_loss(model, inputs, return_outputs)
+            return loss if num_items_in_batch is None else loss * (len(inputs["input_ids"]) / num_items_in_batch)
 
         def log(self, logs, start_time=None):
             for found in self._metrics.values():
@@ -591,10 +555,10 @@ def tree_trainer(stage: str, in_row: bool, graphs: bool = False) -> type:
             return log_probs, entropies, None
 
     class TreeSFTTrainer(TreeTrainer):
-        def _compute_loss(self, model, inputs, return_outputs, count):
+        def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             log_probs, _ = self.response_log_probs(model, inputs)
-            count = len(log_probs) if count is None else count / self.accelerator.num_processes  # which are averaged
-            loss = -log_probs.sum() / count
+            processes = self.accelerator.num_processes  # which are averaged
+            loss = -log_probs.sum() / (len(log_probs) if num_items_in_batch is None else num_items_in_batch / processes)
             return (loss, {}) if return_outputs else loss
 
     return TreeDPOTrainer if stage == "dpo" else TreeSFTTrainer
@@ -767,11 +731,9 @@ def remember_reference(trainer: Any, settings: TrainingSettings, start: Path | N
         if dataset is None:
             continue
         texts = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        rows = (json.dumps([*padded, *row.values()]) for row in texts)
-        keys = [hashlib.sha256(row.encode()).hexdigest()[:24] for row in rows]
-        missing = [index for index, key in enumerate(keys) if key not in known]
-        found = reference_log_probs(trainer, [texts[index] for index in missing])
-        known |= {keys[index]: values for index, values in zip(missing, found, strict=True)}
+        keys = [hashlib.sha256(json.dumps([*padded, *row.values()]).encode()).hexdigest()[:24] for row in texts]
+        missing = {key: row for key, row in zip(keys, texts, strict=True) if key not in known}
+        known |= zip(missing, reference_log_probs(trainer, [*missing.values()]), strict=True)
         for column, response in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
             dataset = dataset.add_column(column, [known[key][response] for key in keys])
         setattr(trainer, name, dataset)
@@ -847,17 +809,16 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     for run in planned:
         epochs = settings.sft_epochs if run.stage == "sft" else settings.epochs
         whole = math.ceil(math.ceil(count / settings.effective_batch) * epochs)
-        steps[run.stage] = min(whole, settings.max_steps) if settings.max_steps > 0 else whole
+        steps[run.stage] = settings.max_steps if settings.max_steps > 0 else whole
         there = run.found(data.split["pairs_sha256"])
         said = f"{steps[run.stage]:,} steps of {settings.effective_batch}; {there.said}"
         checks.append((run.stage, said, there.remedy))
-    trained = {run.folder for run in planned if run.stage == "sft"}
+    trained = {run.folder for run in planned if run.stage == "sft" and not run.found(data.split["pairs_sha256"]).done}
     for start in dict.fromkeys(run.start for run in planned if run.stage != "sft"):
         found, remedy = "the base model" if start is None else f"{start}, trained first", ""
-        if start and (start not in trained or start.is_dir()):
-            goes_on = any(run.stage == "sft_more" and run.start == start for run in planned)  # DPO has no dropout
+        if start and start not in trained:
             asked = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
-            asked |= {"lora_dropout": settings.lora_dropout} if goes_on else {}
+            asked |= {"lora_dropout": settings.lora_dropout} if "sft_more" in steps else {}  # DPO has none
             found, remedy = starting_point(start, base, ids_digest(test), config.LORA_TARGETS, asked)
         checks.append(("starts from", found, remedy))
     return [*checks, ("trainer", *libraries_settings(settings, steps))]

@@ -205,6 +205,26 @@ def test_restart_replaces_what_was_trained_otherwise_and_what_came_of_it(mine):
     assert not all(torch.equal(weight, before[name]) for name, weight in weights_of(flags, "dpo").items())
 
 
+@pytest.mark.parametrize("changed", ["--lora_rank 8 --lora_alpha 8", "--pairs OTHER", "DAMAGED"])
+def test_restart_replaces_an_sft_that_could_be_no_start_of_dpo(mine, changed, tmp_path):
+    flags, _ = mine
+    write_pairs(tmp_path / "other.jsonl", make_pairs(70))
+    weights = folder_of(flags, "sft") / WEIGHTS
+    if changed == "DAMAGED":
+        changed = "--max_steps 3"
+        weights.write_bytes(weights.read_bytes()[:-9])
+    train_dpo.main([*flags, *changed.replace("OTHER", str(tmp_path / "other.jsonl")).split(), "--restart", "true"])
+    assert run_of(flags, "dpo")["initial_adapter_sha256"] == file_sha256(weights)
+
+
+def test_check_tells_the_steps_that_are_trained(training_flags, capsys):
+    flags = [*training_flags, "--stage", "sft", "--max_pairs", "8", "--max_steps", "3"]
+    train_dpo.main([*flags, "--check"])
+    assert "3 steps of 4" in capsys.readouterr().out, "more than the two of an epoch"
+    train_dpo.main(flags)
+    assert run_of(flags, "sft")["steps"] == 3
+
+
 def test_the_control_goes_on_from_sft_for_as_many_steps_and_pairs_as_dpo(training_flags, monkeypatch):
     monkeypatch.setattr(config, "training_dtype", lambda: torch.float32)
     flags = [*training_flags, "--max_steps", "-1", "--epochs", "2", "--control", "true", "--max_pairs", "10"]
@@ -424,7 +444,7 @@ def test_a_kernel_that_fails_on_the_card_leads_to_the_stock_trainer(training_fla
     flags = [*training_flags, "--stage", "dpo", "--init", "base"]
     train_dpo.main(flags)
     told = "dpo: a kernel does not run on this card (shared memory, Required: 131072, Hardware limit: 101376)"
-    assert f"{told}; starting again with the stock trainer\n" in capsys.readouterr().err
+    assert f"{told}; starting again with the stock trainer\n" in capsys.readouterr().out
     assert run_of(flags, "dpo")["trainer"] == "stock"
     assert losses_of(flags, "dpo")[0] == pytest.approx(math.log(2), abs=1e-3)
     monkeypatch.setattr(train_dpo, "build_trainer", lambda *_: int("a bug"))
@@ -456,6 +476,19 @@ def test_dpo_from_sft_starts_at_the_sft_adapter_and_refers_to_it(training_flags)
     other = "--lora_rank 16 --lora_alpha 16"
     with pytest.raises(UserError, match=f"which has {other}\nGive {other}, or train SFT again"):
         train_dpo.main([*training_flags, "--stage", "dpo", "--lora_rank", "4", "--lora_alpha", "8"])
+
+
+@pytest.mark.parametrize("stage", ["sft_more", "dpo"])
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_control_and_dpo_start_at_the_same_weights(training_flags, stage, bits):
+    """TRL rounds those of a quantised model's adapter to bfloat16."""
+    flags = [*training_flags, "--bits", bits, "--validation_pairs", "0"]
+    train_dpo.main([*flags, "--stage", "sft"])
+    start, rows = folder_of(flags, "sft"), preference_rows(make_pairs(20))
+    trainer = train_dpo.build_trainer(stage, settings_of(flags), data_of(rows), start)
+    weights = dict(trainer.model.named_parameters())
+    for name, saved in load_file(start / WEIGHTS).items():
+        assert torch.equal(weights[name.replace(".weight", ".default.weight")], saved)
 
 
 def test_dpo_goes_on_from_an_adapter_whose_layers_are_given_as_a_pattern(tiny_model, tmp_path, monkeypatch):

@@ -186,6 +186,7 @@ def run_case(case: dict) -> dict:
     from transformers import TrainerCallback
 
     import train_dpo
+    from data.machine import peak_process_memory
     from data.pairs import preference_rows
     from data.tokens import longest_in_tokens
 
@@ -267,7 +268,7 @@ def run_case(case: dict) -> dict:
     trainer.train()
     seconds = clock[warm_up + timed] - clock[warm_up]
     pairs_per_second = timed * case["effective_batch"] / seconds
-    peak = train_dpo.peak_memory()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_process_memory()
     times, top = kernel_times(profiler, PROFILED) if cuda else ({}, {})
     if case.get("profile"):
         step = {"seconds": round(seconds / timed, 4)} | times | {"top": top}
