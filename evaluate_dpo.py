@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse_settings(EvaluationSettings, arguments)
     folder = Path(settings.outputs) / "evaluation"
     others = read_predictions(Path(settings.compare_with)) if settings.compare_with else None
+    if others is not None and Path(settings.compare_with).resolve() == (folder / "predictions.csv").resolve():
+        raise UserError(f"--compare_with {settings.compare_with} is written anew", "Give --outputs another folder.")
     with only_run_in(folder) if config.RANK == 0 else contextlib.nullcontext():
         if settings.from_predictions:
             predictions, generation, run = load_earlier(Path(settings.from_predictions), folder)
@@ -68,11 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tested = pd.DataFrame([(pair.pair_id, pair.user_id) for pair in test], columns=["pair_id", "user_id"])
                 check_same_pairs(tested, others)
             adapters, mismatches = find_adapters(settings, test)
+            weights = weights_of(adapters)  # training may write others meanwhile
             rows, answers, seconds = predict(settings, train, test, adapters)
             if config.RANK != 0:
                 return
             remove(folder, "predictions.csv", "generations.csv", "generation.json", *MADE_OF_THEM)
-            run = run_record(settings, train, test, adapters, mismatches, seconds)
+            run = run_record(settings, train, test, adapters, mismatches, seconds) | {"adapters_sha256": weights}
             write_json(folder / RUN, run)  # its mismatches are kept, whatever fails below
             generation = save(folder, rows, answers)
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
@@ -96,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not settings.from_predictions:
             run["seconds"]["measures, intervals and figures"] = round(time.monotonic() - began, 1)
             write_json(folder / RUN, run)
-            write_cards(settings, adapters, metrics, mismatches, generation)
+            if weights == weights_of(adapters):
+                write_cards(settings, adapters, metrics, mismatches, generation)
         print("", emphasised(summary(metrics, model_of(run), notes)), "", "read next", sep="\n")
         print(f"- {folder}/report.md: all measures, settings and definitions")
         print(f"- {folder}/figures: PNG for the screen, PDF for a paper")
@@ -166,9 +170,6 @@ def run_record(
         "settings": dataclasses.asdict(settings),
         "data": {"pairs_sha256": file_sha256(settings.pairs), "test_pairs": len(test), "test_digest": ids_digest(test)},
         "adapters": {arm: {seed: str(path) for seed, path in folders.items()} for arm, folders in adapters.items()},
-        "adapters_sha256": {
-            str(path): file_sha256(path / WEIGHTS) for folders in adapters.values() for path in folders.values()
-        },
         "mismatches": mismatches,
         "notes": warnings_on(train, test) + runs.notes_on(adapters, settings.bits, file_sha256(settings.pairs)),
         "processes": config.PROCESSES,
@@ -233,6 +234,11 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
         seed = str(settings_of(run).get("seed", ""))
         seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
     return adapters, mismatches
+
+
+def weights_of(adapters: Adapters) -> dict[str, str]:
+    """sha256 of the weights of each adapter, by its folder."""
+    return {str(path): file_sha256(path / WEIGHTS) for seeds in adapters.values() for path in seeds.values()}
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> Any:
@@ -428,7 +434,8 @@ class Arms:
     @contextlib.contextmanager
     def switched_to(self, arm: str) -> Iterator[Any]:
         """The model as this arm, held until the block ends."""
-        with self.lock, self.model.disable_adapter() if arm == "base" else contextlib.nullcontext():
+        bare = arm == "base" and len(self.names) > 1  # it alone has no adapter to switch off
+        with self.lock, self.model.disable_adapter() if bare else contextlib.nullcontext():
             if arm != "base":
                 self.model.set_adapter(arm)
             yield self.model

@@ -236,6 +236,7 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
         stopping = False
 
         def on_train_begin(self, args, state, control, **kwargs):
+            state.compute_steps(args, state.max_steps)  # of saves and logs: these settings', not the checkpoint's
             if state.global_step >= state.max_steps:  # killed after the last step: transformers would train one more
                 raise AllTrained
 

@@ -31,6 +31,13 @@ def evaluation(evaluated):
     return Path(evaluated.outputs) / "evaluation"
 
 
+def test_without_adapters_of_the_three_arms_the_base_model_is_there_alone(evaluated, monkeypatch):
+    monkeypatch.setattr(evaluate_dpo, "find_adapters", lambda *_: ({}, []))
+    train, test = config.load_split(evaluated)
+    arms = evaluate_dpo.load_arms(evaluated, test)
+    assert arms.names == ("base",) and "base" in set(evaluate_dpo.predict_with(arms, train, test[:2], 2)["arm"])
+
+
 def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):
     train, test = config.load_split(evaluated)
     _, predictions = display.read_results(evaluation)

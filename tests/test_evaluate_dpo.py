@@ -237,6 +237,8 @@ def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(
     assert "points, here minus " in (tmp_path / "evaluation" / "report.md").read_text()
     with pytest.raises(UserError, match="cannot read"):
         evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "none.csv")])
+    with pytest.raises(UserError, match="is written anew"):
+        evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "evaluation" / "predictions.csv")])
     evaluate_dpo.main(flags)
     assert not (tmp_path / "evaluation" / "interaction.json").exists(), "it was of an earlier comparison"
     monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("after minutes of scoring"))
@@ -349,10 +351,8 @@ def test_every_run_and_the_control_are_found(trained, tmp_path):
         arm: ["3407", "3408"] for arm in ("sft", "sft_more", "dpo")
     }
     assert mismatches == []
-    record = evaluate_dpo.run_record(settings, [], [], adapters, [], {})
-    assert set(record["adapters_sha256"].values()) == {
-        file_sha256(folder / WEIGHTS) for seeds in adapters.values() for folder in seeds.values()
-    }
+    folders = [folder for seeds in adapters.values() for folder in seeds.values()]
+    assert evaluate_dpo.weights_of(adapters) == {str(folder): file_sha256(folder / WEIGHTS) for folder in folders}
 
 
 def test_one_arm_of_several_seeds(trained, tmp_path, monkeypatch):

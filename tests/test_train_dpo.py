@@ -1191,7 +1191,9 @@ def test_settings_that_train_the_same_go_on_and_restart_starts_afresh(unfinished
     same = ["--batch_size", "1", "--logging_steps", "2", "--beta", "0.5", "--cuda_graphs", "false"]
     train_dpo.main([*unfinished, *same])
     assert "goes on from" in capsys.readouterr().err
-    assert run_of(unfinished, "sft")["resumed_from_step"] == 4
+    run = run_of(unfinished, "sft")
+    logged = [entry["step"] for entry in run["log_history"] if "loss" in entry and entry["step"] > 4]
+    assert run["resumed_from_step"] == 4 and logged == [step for step in range(5, run["steps"] + 1) if step % 2 == 0]
 
 
 def test_restart_throws_an_unfinished_run_away(unfinished, capsys):
