@@ -132,13 +132,20 @@ def test_fewer_than_six_users_show_nothing(users, wanted):
 
 
 def test_one_user_of_many_pairs_is_one_user():
-    better = np.where(np.arange(120) < 100, 1.0, -1.0)[:, None].repeat(2, axis=1)
-    rows = predictions_of(sft=-np.ones((120, 2)), dpo=better)
+    rows = predictions_of(sft=-np.ones((120, 2)), dpo=np.ones((120, 2)))
     pairs = rows["pair_id"].unique()
     heavy = rows.assign(user_id=np.where(rows["pair_id"].isin(pairs[:100]), "one", rows["pair_id"]))
     metrics = judged(heavy)
     assert metrics["verdict"].startswith("INCONCLUSIVE") and metrics["effective_users"] < 2
     assert any("the 21 test users have most of the pairs: they count as 1 " in told for told in metrics["caveats"])
+
+
+def test_users_who_are_said_to_decide_are_more_than_those_who_do_not():
+    """5 of 1,100 differ, all in one direction: the end of the interval that moved out is beyond a point."""
+    differ = np.where(np.arange(1100) < 5, -1.0, 1.0)[:, None].repeat(2, axis=1)
+    metrics = judged(predictions_of(sft=differ, dpo=np.ones((1100, 2))))
+    assert metrics["verdict"].startswith("INCONCLUSIVE")
+    assert metrics["comparisons"]["dpo - sft"]["users_needed_to_decide"] > 1100
 
 
 def test_a_control_of_fewer_pairs_than_sft_is_not_called_longer():
