@@ -836,8 +836,10 @@ def libraries_settings(settings: TrainingSettings, steps: dict[str, int]) -> tup
             kind, options = Trainer.get_optimizer_cls_and_kwargs(made)
             optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
             schedule = get_scheduler(made.lr_scheduler_type, optimizer, settings.warmup_steps, count)
+            if not hasattr(schedule, "lr_lambdas"):
+                raise ValueError(f"{settings.lr_scheduler} is no schedule: it goes by the losses that are measured")
             optimizer.step()  # or the schedule complains
-            for _ in range(count if hasattr(schedule, "lr_lambdas") else 0):  # others go by what is measured
+            for _ in range(count):
                 schedule.step()
     except (ValueError, TypeError, ImportError, ArithmeticError, RuntimeError) as error:
         found = printable(str(error).strip().partition("\n")[0])

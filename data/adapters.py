@@ -51,9 +51,11 @@ def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
         return f"{folder} was trained on another split of other data: it may have seen the test pairs"
     elif data.get("prompt_digest", prompt_digest()) != prompt_digest():
         return f"{folder} was trained with other words around the films than data/pairs.py has now"
-    if trained_on and base_key(str(trained_on)) != base_key(base.name):
+    had, there = run.get("base_weights_digest"), weights_digest(base.name)
+    same_files = had == there if had and there else None
+    if trained_on and base_key(str(trained_on)) != base_key(base.name) and not same_files:  # which may have moved
         return printable(f"{folder} was trained on the base model {trained_on}, not {base.name}")
-    if (had := run.get("base_weights_digest")) and (there := weights_digest(base.name)) and had != there:
+    if same_files is False:
         return printable(f"{folder} was trained on other weights or settings than {base.name} holds now")
     if (had := run.get("vocabulary")) and had != base.vocabulary:
         tokens = f"of {had} tokens; that of {base.name} has {base.vocabulary}"

@@ -28,7 +28,7 @@ def or_say(call: Callable[..., Any], *arguments: Any) -> Any:
     """What the call returns; where the user must fix something first, None, and what and how is printed."""
     try:
         return call(*arguments)
-    except (UserError, PairsError, ImportError) as error:  # ipywidgets may not be installed
+    except (UserError, PairsError, ImportError, OSError) as error:  # ipywidgets may not be installed
         print(printable(str(error)))
         return None
 

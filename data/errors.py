@@ -16,6 +16,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's main function; an error that the user can fix ends it with exit code 2 and no traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     try:
         main()
     except KeyboardInterrupt as stopped:

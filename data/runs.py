@@ -51,7 +51,9 @@ def trained_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    others = {name: value for name, value in now.items() if before.get(name) != value}
+    """What of `now` was otherwise before, in words; a base model whose files are the same may have moved."""
+    moved = {"base_model"} if now.get(OF_BASE) and before.get(OF_BASE) == now[OF_BASE] else set()
+    others = {name: value for name, value in now.items() if before.get(name) != value and name not in moved}
     return "; ".join(f"{name} {before.get(name)!r}, not {value!r}" for name, value in others.items())
 
 
@@ -70,8 +72,9 @@ def made_otherwise(run: dict[str, Any], stage: str, asked: dict[str, Any]) -> st
     start = run.get("initial_adapter_sha256")
     made_with = decisive(stage, had, str(data.get("pairs_sha256")), start and str(start))
     said = {OF_PROMPT: data.get("prompt_digest"), OF_BASE: run.get("base_weights_digest")}
-    unknown = [name for name in said if not said[name] or not asked.get(name)]
-    return differing(asked | made_with | said | {name: asked.get(name) for name in unknown}, asked)
+    unknown = {name for name in said if not said[name] or not asked.get(name)}
+    known = {name: value for name, value in asked.items() if name not in unknown}
+    return differing(asked | made_with | said, known)
 
 
 class There(NamedTuple):
@@ -232,17 +235,27 @@ def notes_on(adapters: Adapters, bits: int, pairs_sha256: str = "") -> list[str]
     return notes
 
 
-def changed_since(run: dict[str, Any]) -> list[str]:
-    """Adapters of an evaluation's run.json that are gone, or are not what was evaluated, each in words."""
-    evaluated = run.get("adapters_sha256")
-    told = []
+def evaluated_adapters(results: Path) -> dict[str, tuple[Path, bool]]:
+    """Where each adapter of an evaluation lies, by the folder in its run.json, and whether it is what was evaluated.
+
+    The folder may have moved with the results, and is then beside them.
+    """
+    evaluated, found = read_run(results).get("adapters_sha256"), {}
     for folder, sha256 in evaluated.items() if isinstance(evaluated, dict) else ():
-        weights = Path(folder) / WEIGHTS
-        if not weights.is_file():
-            told.append(f"{printable(folder)} was evaluated and is gone")
-        elif file_sha256(weights) != sha256:
-            told.append(f"{printable(folder)} holds other weights than those that were evaluated")
-    return told
+        places = [path for path in (Path(folder), results.parent / Path(folder).name) if (path / WEIGHTS).is_file()]
+        same = [path for path in places if file_sha256(path / WEIGHTS) == sha256]
+        found[folder] = [*same, *places, Path(folder)][0], bool(same)
+    return found
+
+
+def changed_since(results: Path) -> list[str]:
+    """Adapters of an evaluation that are gone, or are not what was evaluated, each in words."""
+    others = "holds other weights than those that were evaluated"
+    return [
+        f"{printable(str(path))} {others if (path / WEIGHTS).is_file() else 'was evaluated and is gone'}"
+        for path, same in evaluated_adapters(results).values()
+        if not same
+    ]
 
 
 def learning_rate(run: dict[str, Any]) -> float | None:
@@ -257,9 +270,10 @@ def training_runs(results: Path) -> dict[str, dict[str, Any]]:
     files = {path.name.removesuffix(f".{RUN}"): path for path in results.glob(f"*.{RUN}")}
     files |= {path.parent.name: path for path in results.glob(f"adapters/*/{RUN}")}
     adapters = {} if files else read_run(results).get("adapters")  # published ones are not those in outputs
+    moved = {folder: path for folder, (path, _) in evaluated_adapters(results).items()}
     for arm, seeds in adapters.items() if isinstance(adapters, dict) else ():
         seeds = seeds if isinstance(seeds, dict) else {}
-        files |= {f"{arm} {seed}".strip(): Path(folder) / RUN for seed, folder in seeds.items()}
+        files |= {f"{arm} {seed}".strip(): moved.get(folder, Path(folder)) / RUN for seed, folder in seeds.items()}
     runs = {name: read_json(path) for name, path in sorted(files.items())}
     runs = {name: run for name, run in runs.items() if "stage" in run}  # an evaluation has none
     return dict(sorted(runs.items(), key=lambda run: (*STAGES, run[1]["stage"]).index(run[1]["stage"])))

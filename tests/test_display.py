@@ -227,9 +227,10 @@ def test_what_the_user_must_fix_is_said_and_nothing_else(capsys):
     assert display.or_say(max, 1, 2) == 2
     for error in (UserError("no such file \x1b[2J", "Give another."), PairsError("line 1: not JSON")):
         assert display.or_say(refuse, error) is None
-    assert display.or_say(refuse, ModuleNotFoundError("No module named 'ipywidgets'")) is None
+    for error in (ModuleNotFoundError("No module named 'ipywidgets'"), PermissionError(13, "Permission denied", "x")):
+        assert display.or_say(refuse, error) is None
     said = "no such file ?[2J\nGive another.\nline 1: not JSON\nNo module named 'ipywidgets'\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == said + "[Errno 13] Permission denied: 'x'\n"
     with pytest.raises(KeyError):
         display.or_say(refuse, KeyError("a bug"))
 

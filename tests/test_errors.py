@@ -1,12 +1,16 @@
 """Errors that a user can fix: two lines and exit code 2."""
 
 import errno
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import error_of
 from safetensors import SafetensorError
 
+from config import ROOT
 from data.errors import UserError, run_script
 
 
@@ -26,6 +30,13 @@ def test_a_fault_of_the_machine_is_an_error_with_a_remedy(error, said, capsys):
         raise error
 
     assert re.match(said, error_of(run, capsys))
+
+
+def test_a_terminal_of_ascii_alone_shows_what_it_can():
+    script = "from data.errors import run_script; run_script(lambda: print('50.0 \\u00b10.0'))"
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run([sys.executable, "-c", script], env=ascii_alone, cwd=ROOT, capture_output=True, check=True)
+    assert told.stdout == b"50.0 ?0.0\n"
 
 
 def test_a_bug_keeps_its_traceback():

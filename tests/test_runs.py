@@ -27,6 +27,7 @@ from data.runs import (
     pairs_seen,
     read_run,
     rows_in,
+    training_runs,
     what_is_there,
 )
 
@@ -121,14 +122,31 @@ def test_the_last_step_of_a_pass_sees_what_is_left_of_the_rows(steps, seen):
 
 
 def test_adapters_that_are_not_those_of_the_evaluation_are_told(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / WEIGHTS).write_bytes(b"evaluated")
-    run = {"adapters_sha256": {str(tmp_path / "x"): file_sha256(tmp_path / "x" / WEIGHTS), str(tmp_path / "y"): "0"}}
-    gone = f"{tmp_path / 'y'} was evaluated and is gone"
-    assert changed_since(run) == [gone]
-    (tmp_path / "x" / WEIGHTS).write_bytes(b"trained again")
-    assert changed_since(run) == [f"{tmp_path / 'x'} holds other weights than those that were evaluated", gone]
-    assert changed_since({}) == changed_since({"adapters_sha256": ["x"]}) == []
+    x, y, results = tmp_path / "x", tmp_path / "y", tmp_path / "evaluation"
+    x.mkdir()
+    (x / WEIGHTS).write_bytes(b"evaluated")
+    write_json(results / "run.json", {"adapters_sha256": {str(x): file_sha256(x / WEIGHTS), str(y): "0"}})
+    gone = f"{y} was evaluated and is gone"
+    assert changed_since(results) == [gone]
+    (x / WEIGHTS).write_bytes(b"trained again")
+    assert changed_since(results) == [f"{x} holds other weights than those that were evaluated", gone]
+    for anything in ({}, {"adapters_sha256": ["x"]}):
+        write_json(results / "run.json", anything)
+        assert changed_since(results) == []
+
+
+def test_adapters_that_moved_with_their_results_are_those_that_were_evaluated(tmp_path):
+    (tmp_path / "outputs").mkdir()
+    dpo = run_in(tmp_path / "outputs" / "dpo_final", stage="dpo")
+    evaluation = {"adapters": {"dpo": {"1": str(dpo)}}, "adapters_sha256": {str(dpo): file_sha256(dpo / WEIGHTS)}}
+    write_json(tmp_path / "outputs" / "evaluation" / "run.json", evaluation)
+    moved = (tmp_path / "outputs").rename(tmp_path / "kept") / "evaluation"
+    (tmp_path / "outputs").mkdir()
+    for there in ("nothing", "the next study"):
+        assert changed_since(moved) == [], there
+        assert training_runs(moved) == {"dpo 1": {"stage": "dpo"}}, there
+        run_in(dpo, stage="sft")
+        (dpo / WEIGHTS).write_bytes(b"of the next study")
 
 
 def test_the_learning_rate_of_a_run_is_its_stages():

@@ -118,7 +118,7 @@ def test_other_words_around_the_films_are_another_training(mine, monkeypatch):
         evaluate_dpo.main(evaluation)
 
 
-def test_a_base_model_whose_folder_holds_other_weights_is_another(training_flags, tiny_model, tmp_path):
+def test_a_base_model_is_another_by_its_files_and_not_by_its_folder(training_flags, tiny_model, tmp_path, capsys):
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     flags = [*training_flags, "--base_model", str(base), "--stage", "sft", "--max_steps", "1"]
     train_dpo.main(flags)
@@ -132,8 +132,16 @@ def test_a_base_model_whose_folder_holds_other_weights_is_another(training_flags
     assert told.endswith(f"was trained on other weights or settings than {base} holds now")
     (base / "model.safetensors").write_bytes(before)
     assert adapter_mismatch(folder_of(flags, "sft"), base_now, split) == "", "the same bytes are the same"
-    shape.write_text(shape.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    settings = shape.read_text()
+    shape.write_text(settings.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert adapter_mismatch(folder_of(flags, "sft"), base_now, split) == told
+    shape.write_text(settings)
+    moved = base.rename(tmp_path / "moved")
+    assert adapter_mismatch(folder_of(flags, "sft"), base_now._replace(name=str(moved)), split) == ""
+    folder_of(flags, "sft").rename(folder_of(flags, "sft").with_name("moved_sft_4bit_final"))
+    capsys.readouterr()
+    train_dpo.main([*flags, "--base_model", str(moved)])
+    assert "is there, trained with these settings: nothing to do" in capsys.readouterr().out
 
 
 def test_a_finished_adapter_that_was_damaged_is_trained_again_when_asked(mine, capsys):
@@ -292,6 +300,8 @@ UNWORKABLE = {  # flags: what is said
     "--optim adamw": "trainer: adamw is not a valid OptimizerNames",
     "--lr_scheduler cosine_with_min_lr": "trainer: One of min_lr or .*\nGive another --optim, --lr_scheduler or --w",
     "--lr_scheduler polynomial --warmup_steps 3": "trainer: division by zero\nGive another --optim",
+    "--lr_scheduler greedy": "trainer: greedy is no schedule: .*\nGive another --optim, --lr_scheduler",
+    "--lr_scheduler reduce_lr_on_plateau": "trainer: reduce_lr_on_plateau is no schedule: .*\nGive another",
     "--optim galore_adamw": "trainer: You need to install `galore_torch`",
     "--report_to wandb": "trainer: .*\nInstall wandb, or give --report_to none",
 }
@@ -1168,7 +1178,7 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(unfinished, broken
         (["--sft_learning_rate", "0.5"], "sft_learning_rate 0.001, not 0.5"),
         (["--seed", "7"], "seed 3407, not 7"),
         (["--max_pairs", "9"], "max_pairs 48, not 9"),
-        (["--base_model", "COPY"], "base_model"),
+        (["--base_model", "ANOTHER"], "base_model"),
         (["--pairs", "FEWER"], "sha256 of the pairs"),
     ],
 )
@@ -1176,20 +1186,21 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(
     unfinished, changed, named, tmp_path, tiny_model, monkeypatch
 ):
     monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    (tmp_path / "copy").mkdir()
-    copy = tmp_path / "copy" / tiny_model.name  # of the same name, and so with the same checkpoints folder
-    shutil.copytree(tiny_model, copy)
+    another = tmp_path / "another" / tiny_model.name  # of the same name, and so with the same checkpoints folder
+    shutil.copytree(tiny_model, another)
+    (another / "config.json").write_text((another / "config.json").read_text() + " ")
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(Path(settings_of(unfinished).pairs).read_text().splitlines(keepends=True)[:-1]))
-    changed = [{"COPY": str(copy), "FEWER": str(fewer)}.get(flag, flag) for flag in changed]
+    changed = [{"ANOTHER": str(another), "FEWER": str(fewer)}.get(flag, flag) for flag in changed]
     with pytest.raises(UserError, match=f"unfinished run with .*{named}.*\n.*--restart true"):
         train_dpo.main([*unfinished, *changed])
     assert (checkpoints_of(unfinished, "sft") / "checkpoint-4").is_dir()
 
 
-def test_settings_that_train_the_same_go_on_and_restart_starts_afresh(unfinished, capsys):
+def test_settings_that_train_the_same_go_on_and_restart_starts_afresh(unfinished, tiny_model, tmp_path, capsys):
+    moved = shutil.copytree(tiny_model, tmp_path / "moved" / tiny_model.name)
     same = ["--batch_size", "1", "--logging_steps", "2", "--beta", "0.5", "--cuda_graphs", "false"]
-    train_dpo.main([*unfinished, *same])
+    train_dpo.main([*unfinished, *same, "--base_model", str(moved)])
     assert "goes on from" in capsys.readouterr().err
     run = run_of(unfinished, "sft")
     logged = [entry["step"] for entry in run["log_history"] if "loss" in entry and entry["step"] > 4]
