@@ -27,7 +27,7 @@ from data.files import file_sha256, write_json
 from data.measures import OF_ANSWERS, compute_metrics, wins
 from data.pairs import ORDERS, STEM, preference_row, preference_rows
 from data.predictions import COLUMNS, LOG_PROBS, read_predictions
-from data.runs import WEIGHTS
+from data.runs import WEIGHTS, changed_since
 from data.tokens import pair_tree
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -353,6 +353,23 @@ def test_every_run_and_the_control_are_found(trained, tmp_path):
     assert mismatches == []
     folders = [folder for seeds in adapters.values() for folder in seeds.values()]
     assert evaluate_dpo.weights_of(adapters) == {str(folder): file_sha256(folder / WEIGHTS) for folder in folders}
+
+
+def test_an_adapter_that_is_trained_again_meanwhile_is_not_passed_off_as_the_one_scored(mine, no_figures, monkeypatch):
+    _, flags = mine
+    adapter, predict = adapter_of(flags), evaluate_dpo.predict
+    card = (adapter / "README.md").read_bytes()
+
+    def meanwhile(*given):
+        found = predict(*given)
+        (adapter / WEIGHTS).write_bytes(b"trained again")
+        return found
+
+    monkeypatch.setattr(evaluate_dpo, "predict", meanwhile)
+    evaluate_dpo.main(flags)
+    others = f"{adapter} holds other weights than those that were evaluated"
+    assert changed_since(adapter.parent / "evaluation") == [others]
+    assert (adapter / "README.md").read_bytes() == card, "which would give them these measures"
 
 
 def test_one_arm_of_several_seeds(trained, tmp_path, monkeypatch):
