@@ -140,7 +140,7 @@ def differences(metrics: Facts) -> str:
     for name, key in (("p of McNemar's test (order-free)", "p"), ("p after Holm's correction", "p_holm")):
         if found["p"] is not None:
             rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])
-    of_what = "users and runs" if found["scope"] == "method" else "users"
+    of_what = "users and runs" if metrics["scope"] == "method" else "users"
     names = zip(("SFT", "the control"), compared.values(), strict=False)
     told = " and ".join(f"{one['detectable_points']:.1f} points against {name}" for name, one in names)
     said = f"These {of_what} can tell {told} from 0 (80% power)."

@@ -314,8 +314,10 @@ def test_a_control_of_one_run_makes_the_conclusion_one_on_adapters():
     assert metrics["verdict"] == "SUPPORTED" and metrics["control_verdict"] == "SUPPORTED (these adapters)"
     told = "(SFT, continued: 1): the verdict against the control is on these adapters"
     assert metrics["scope"] == "adapters" and told in " ".join(metrics["caveats"])
+    assert "These users can tell" in summary(metrics), "and not these runs"
     other = judged(pd.concat([runs_of(3, sft=0.6, sft_more=0.7, dpo=0.8), runs_of(1, sft_long=0.7)]))
     assert other["scope"] == "method" and "on these adapters" not in " ".join(other["caveats"])
+    assert "These users and runs can tell" in summary(other)
 
 
 def test_a_run_that_answers_one_letter_is_named_and_its_p_is_none():
