@@ -133,10 +133,10 @@ class TrainingSettings(Settings):
     stage: Literal["all", "sft", "sft_more", "dpo"] = _setting("all", "all: sft, its control sft_more, and dpo")
     control: bool = _setting(True, "train sft_more, too: SFT continued for as many steps as DPO takes")
     seeds: int = _setting(1, "runs of each arm, with the seeds --seed, --seed + 1 ...")
-    init: Literal["base", "sft"] = _setting("sft", "what DPO starts from, and is referred to")
+    init: Literal["base", "sft"] = _setting("sft", "what DPO and the control start from; DPO's reference")
     sft_adapter: str | None = _setting(None, "an SFT adapter that you already have")
     check: bool = _setting(False, "check everything, print what was found, train nothing")
-    restart: bool = _setting(False, "replace what is there of other settings, finished or not")
+    restart: bool = _setting(False, "replace adapters and checkpoints made with other settings")
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")

@@ -48,7 +48,7 @@ def adapter_mismatch(folder: Path, base: Base, test_digest: str) -> str:
     elif not trained_on or not isinstance(data, dict) or "test_digest" not in data:
         return f"{folder}/{RUN} cannot be read, or is of an older version"
     elif data["test_digest"] != test_digest:
-        return f"{folder} was trained on another split of other data: it may have seen the test pairs"
+        return f"{folder} was trained on another split or other data: it may have seen the test pairs"
     elif data.get("prompt_digest", prompt_digest()) != prompt_digest():
         return f"{folder} was trained with other words around the films than data/pairs.py has now"
     had, there = run.get("base_weights_digest"), weights_digest(base.name)

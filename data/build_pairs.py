@@ -7,7 +7,7 @@
 
 For each user the first five films by time are the history and the sixth is the preferred film (ties in time go
 by film id). The other film is one that the user never rated. Each pair is written in the order that the seed
-draws, half of them as Option A.
+draws, about half of them as Option A.
 """
 
 import argparse
@@ -168,9 +168,10 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="fetch MovieLens-1M from GroupLens")
     parser.add_argument("--output", type=Path, help="default: data/pairs_<source>.jsonl")
     parser.add_argument("--min-rating", type=float, default=0.0, help="lowest rating of history and preferred films")
-    parser.add_argument("--pairs-per-user", type=int, default=1)
-    parser.add_argument("--negatives", choices=["random", "popularity"], default="random")
-    parser.add_argument("--seed", type=int, default=3407)
+    parser.add_argument("--pairs-per-user", type=int, default=1, help="at most; default: 1")
+    parser.add_argument("--negatives", choices=["random", "popularity"], default="random",
+                        help="how other films are drawn: alike, or by how often they are rated; default: random")
+    parser.add_argument("--seed", type=int, default=3407, help="default: 3407")
     options = parser.parse_args()
     output = options.output or HERE / f"pairs_{options.source}.jsonl"
     if options.source != "ml-100k" and not (options.source_path or (options.download and options.source == "ml-1m")):

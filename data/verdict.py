@@ -9,8 +9,8 @@ KINDS = {"sft": "SFT", "sft_more": "SFT, continued", "dpo": "DPO"}  # an arm's n
 FEWEST = 6  # users for a verdict
 NO_CONTROL = "no control was trained"
 USERS_TO_QUOTE = 100  # fewer test users give no sentence to quote
-SHARES = {1: "as many pairs", 2: "half of the pairs", 3: "a third of the pairs"}
-SHARES |= {4: "a quarter of the pairs", 5: "a fifth of the pairs"}
+SHARES = {1: "as many pairs", 2: "half as many pairs", 3: "a third as many pairs"}
+SHARES |= {4: "a quarter as many pairs", 5: "a fifth as many pairs"}
 SAYS = {  # a verdict: how DPO ranks beside the other arm
     "SUPPORTED": "ranks better than",
     "PARTIAL: small gain": "ranks a little better than",
@@ -96,7 +96,7 @@ def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
     if not seen or not of_dpo:
         return ""
     near = (words for part, words in SHARES.items() if abs(part * seen / of_dpo - 1) < 0.05)
-    return next(near, f"{100 * seen / of_dpo:.0f}% of the pairs")
+    return next(near, f"{100 * seen / of_dpo:.0f}% as many pairs")
 
 
 def conclusion(metrics: dict[str, Any]) -> str:
@@ -296,7 +296,7 @@ def caveats_of_verdict(metrics: dict[str, Any]) -> list[str]:
         seen = pairs_seen(arm, arms)
         if seen not in ("", "as many pairs"):
             why = "Unequal training may explain the difference"
-            found.append(f"{named(arm, metrics)}: it saw {seen} that DPO saw. {why}.")
+            found.append(f"{named(arm, metrics)}: it saw {seen} as DPO, repeats counted. {why}.")
     for arm in controls:
         also = comparisons[f"dpo - {arm}"]
         says = also["verdict"].partition(" (")[0]

@@ -167,7 +167,7 @@ def test_the_notebook_runs_on_an_evaluation_and_without_one(executed, evaluated)
         assert first[name].count("p = ") == 6
     assert "3 test users" in first["batch-users"] and "to quote" not in first["batch-users"]
     verdict = read_json(evaluation / "metrics.json")["verdict"]
-    assert f"- **Verdict: {verdict} against an SFT that saw half of the pairs**" in first["source"]
+    assert f"- **Verdict: {verdict} against an SFT that saw half as many pairs**" in first["source"]
     assert verdict.partition(" (")[0] in first["summary"]
     assert r"\toprule" in first["latex-table"]
     assert files_of(evaluation) == before

@@ -214,7 +214,7 @@ def test_a_difference_shows_on_which_side_of_0_and_of_a_point_its_bounds_lie():
         ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "So more training may explain its lead."),
         ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "So more training may explain its lead."),
         ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks worse than SFT and continued SFT."),
-        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter of the pairs. No control was trained"),
+        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter as many pairs. No control was trained"),
         ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "The control, longer SFT (sft_x), reached"),
         ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "The control, continued SFT, reached"),
         ({"dpo": 0.8, "sft_long": 0.65, "sft_more": 0.7}, "SUPPORTED", "The control, continued SFT, reached"),
@@ -229,7 +229,7 @@ def test_both_verdicts_stand_together_and_one_sentence_follows(shares, wanted, s
     shown = summary(metrics)
     verdicts = shown.partition("\n\n")[0]
     assert verdicts.startswith(f"verdict: {first} against ") and f"\n         {wanted}" in verdicts
-    assert ("an SFT that saw a quarter of the pairs" in verdicts) == (len(shares) == 1)
+    assert ("an SFT that saw a quarter as many pairs" in verdicts) == (len(shares) == 1)
     assert "these adapters" not in json.dumps(metrics) + shown
     if "sft_long" in shares and "sft_more" in shares:
         told = any("DPO: it ranks worse than sft_long (-" in caveat for caveat in metrics["caveats"])
@@ -348,7 +348,7 @@ def test_a_chosen_response_that_becomes_less_likely_is_told(falls, told):
 
 def test_unequal_training_is_told():
     shares = {"sft": 0.6, "sft_more": 0.7, "dpo": 0.7}
-    for seen, told in ((100, "a quarter of the pairs"), (370, "92% of the pairs"), (400, "")):
+    for seen, told in ((100, "a quarter as many pairs"), (370, "92% as many pairs"), (400, "")):
         metrics = judged(runs_of(3, {"sft": 100.0, "sft_more": seen, "dpo": 400.0}, **shares))
         found = [caveat for caveat in metrics["caveats"] if caveat.startswith("SFT, continued: it saw")]
         assert [told in caveat for caveat in found] == [True] * bool(told)

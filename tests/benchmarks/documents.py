@@ -160,7 +160,7 @@ def methods() -> str:
         else f"was SFT of {more['sft_epochs']:g} epochs at {rate:g}"
     )
     return quoted(
-        "A pair holds five films that a user of MovieLens watched, the film watched next, and a film never rated. "
+        "A pair holds five films that a user of MovieLens watched, the film watched next, and another film. "
         f"The adapters were trained on {data['train_pairs']:,} pairs. Another {data['validation_pairs']} pairs were "
         f"held back to watch the loss, and {data['test_pairs']:,} to test. No user is in two of these parts. "
         "Training showed half of the pairs in each order of the options. Evaluation scored every pair in both orders. "
