@@ -140,7 +140,7 @@ class TrainingSettings(Settings):
     backend: Literal["auto", "unsloth", "hf"] = _setting("auto", "auto is unsloth where CUDA is present, else hf")
     # data
     option_order: Literal["balanced", "both", "original"] = _setting("balanced", "where the preferred film stands")
-    max_pairs: int | None = _setting(None, "train on this many pairs, by hash, of as many users as there are")
+    max_pairs: int | None = _setting(None, "number of training pairs, from as many users as possible")
     validation_pairs: int = _setting(64, "training pairs, of whole users, held back to watch the loss; 0 for none")
     # LoRA
     lora_rank: int = _setting(16, "rank r of the adapter")
@@ -200,6 +200,9 @@ class EvaluationSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("second_bits", self.second_bits != self.bits, f"other than --bits {self.bits}")
+        if self.from_predictions and (self.adapters or self.second_bits):
+            problem = "--from_predictions loads no model, and --adapters and --second_bits are of models"
+            raise UserError(problem, "Leave out the former to score again, or the latter.")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ from data.errors import UserError
 from data.figures import plot_all
 from data.files import file_sha256, only_run_in, read_json, write_json, write_text
 from data.measures import OF_ANSWERS, check_same_pairs, compute_metrics, generation_measures, interaction
-from data.pairs import ORDERS, Pair, ids_digest, preference_row, warnings_on, with_strangers
+from data.pairs import ORDERS, Pair, ids_digest, preference_row, preference_rows, warnings_on, with_strangers
 from data.predictions import (
     ARM_NAME,
     as_csv,
@@ -47,7 +47,7 @@ from data.predictions import (
 )
 from data.report import emphasised, latex, report, summary, write_card
 from data.runs import RUN, STAGES, WEIGHTS, Adapters, Lineage, lineage, model_of, notes_of, read_run, settings_of
-from data.tokens import pair_tree
+from data.tokens import check_tokens, pair_tree
 from data.trees import Tree, ancestor_mask, pad_trees
 from data.verdict import change_text, judge
 
@@ -81,12 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             predictions = read_predictions(folder / "predictions.csv")  # as anybody would, rounded
 
         # measures and verdict
-        remove(folder, *MADE_OF_THEM)
         began = time.monotonic()
         metrics = judge(compute_metrics(predictions))
         changes = interaction(predictions, others) if others is not None else {}
 
         # report
+        remove(folder, *MADE_OF_THEM)
         notes = [*notes_of(run), *left_out(predictions)]
         notes += [change_text(name, found, settings.compare_with) for name, found in changes.items()]
         write_json(folder / "metrics.json", metrics)
@@ -120,26 +120,28 @@ def write_cards(
 def load_earlier(source: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
     """(predictions, measures of generated answers, run.json) of an earlier evaluation, copied into the folder.
 
-    What lies beside a file of another name than predictions.csv, or predictions.csv.gz, is of other predictions.
+    If the folder holds these predictions, what lies there is of them. What lies beside a file of another name than
+    predictions.csv, or predictions.csv.gz, is of other predictions.
     """
 
     def is_known(arm: str, found: Any) -> bool:  # what lies beside a predictions.csv may be somebody else's
         numbers = isinstance(found, dict) and all(isinstance(found.get(name), int | float) for name in OF_ANSWERS)
         return numbers and bool(ARM_NAME.fullmatch(arm))
 
-    beside = source.name.removesuffix(".gz") == "predictions.csv"
-    predictions, run = read_predictions(source), read_run(source.parent) if beside else {}
-    generation = read_json(source.with_name("generation.json")) if beside else {}
+    predictions, there = read_predictions(source), folder / "predictions.csv"
+    text, known = as_csv(predictions), there.is_file()
+    if known and source.resolve() != there.resolve() and there.read_text(encoding="utf-8") != text:
+        raise UserError(f"{there} holds other predictions than {source}", "Give --outputs another folder.")
+    places = [folder] * known + [source.parent] * (source.name.removesuffix(".gz") == "predictions.csv")
+    run = next(filter(None, map(read_run, places)), {})
+    generation = next(filter(None, (read_json(place / "generation.json") for place in places)), {})
     kept = {arm: found for arm, found in generation.items() if is_known(arm, found)}
-    there = folder / "predictions.csv"
-    if source.resolve() != there.resolve():  # what lies here is of other predictions
-        if there.is_file() and there.read_text(encoding="utf-8") != as_csv(predictions):
-            raise UserError(f"{there} holds other predictions than {source}", "Give --outputs another folder.")
-        remove(folder, RUN)
-        save(folder, predictions)
-        for name, content in ((RUN, run), ("generation.json", kept)):  # or the next report would lack its mismatches
-            if content:  # it may hold NaN, or half a surrogate
-                write_text(folder / name, json.dumps(content, indent=1) + "\n")
+    if not known:
+        remove(folder, RUN, "generations.csv", "generation.json")  # of predictions that are gone
+        write_text(there, text)
+    for name, content in ((RUN, run), ("generation.json", kept)):  # or the next report would lack its mismatches
+        if content and not (folder / name).is_file():  # it may hold NaN, or half a surrogate
+            write_text(folder / name, json.dumps(content, indent=1) + "\n")
     return predictions, kept, run
 
 
@@ -206,10 +208,10 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     places = [(arm, number, folder) for arm, folders in arms.items() for number, folder in enumerate(folders)]
     for arm, _, folder in places:
         if not folder.is_dir():
-            stage = arm if arm in found else "dpo"
-            command = config.command_with("train_dpo.py", settings, "--stage", stage)
-            remedy = f"Make it with: {command}; or give --adapters {arm}=FOLDER"
-            raise UserError(f"no adapter of the arm {arm} at {folder}", remedy)
+            start = ("--sft_adapter", str(given["sft"][0])) if "sft" in given and arm != "sft" else ()
+            command = config.command_with("train_dpo.py", settings, "--stage", arm, *start)
+            made = "Give" if arm in given else f"Make it with: {command}; or give"
+            raise UserError(f"no adapter of the arm {arm} at {folder}", f"{made} --adapters {arm}=FOLDER")
     base, digest = config.read_base(settings), ids_digest(test)
     adapters: Adapters = {}
     mismatches = []
@@ -282,8 +284,9 @@ def predict(
         with timed(seconds, f"loading{suffix}"):
             model, tokenizer = config.load_model(precision, scoring_dtype(settings.fast))
             check_scores(model, tokenizer, test[0], exact=precision.bits != 8 and not settings.fast)
-        trees = [pair_tree(pair, tokenizer) for pair in test]
         strangers = with_strangers(test) if settings.strangers and first else []
+        check_tokens(preference_rows([*test, *strangers], "both"), tokenizer, settings.max_length)
+        trees = [pair_tree(pair, tokenizer) for pair in test]
         strange = [pair_tree(pair, tokenizer, decision_only=True) for pair in strangers]
         for number, (arm, seed, path) in enumerate(scored):
             if path is not None:
@@ -446,6 +449,7 @@ def load_arms(settings: EvaluationSettings, test: Sequence[Pair]) -> Arms:
     adapters, mismatches = find_adapters(settings, test)
     print("".join(f"mismatch: {mismatch}\n" for mismatch in mismatches), end="")
     model, tokenizer = config.load_model(settings, scoring_dtype(settings.fast))
+    check_tokens(preference_rows(test, "both"), tokenizer, settings.max_length)
     names = [arm for arm in STAGES if arm in adapters]
     for arm in names:
         model = load_adapter(model, arm, next(iter(adapters[arm].values())))

@@ -35,7 +35,8 @@ ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_SHA256 = "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"
 SOURCES = ["ml-100k", "ml-1m", "ml-10m", "ml-25m", "ml-32m", "ml-latest"]
 RATINGS = {"user": int, "film": int, "rating": float, "time": float}  # columns
-FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat")
+OF_CSV = {"ratings.csv": ["userId", "movieId", "rating", "timestamp"], "movies.csv": ["movieId", "title", "genres"]}
+FILES = (*OF_CSV, "ratings.dat", "movies.dat")
 LICENCE = """\
 MovieLens data: neither the University of Minnesota nor any of the researchers involved can guarantee the
 correctness of the data. You may use it for research; you must acknowledge its use in publications, must not
@@ -75,13 +76,14 @@ def read_movielens(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
                 files = {name.rpartition("/")[2]: archive.read(name) for name in members}
         if FILES[0] in files:
             form = {"dtype": str, "keep_default_na": False}
-            ratings, films = (pd.read_csv(io.BytesIO(files[name]), **form) for name in FILES[:2])
+            tables = {name: pd.read_csv(io.BytesIO(files[name]), **form) for name in OF_CSV}
+            ratings, films = (tables[name][columns] for name, columns in OF_CSV.items())
         else:
             ratings, films = (pd.DataFrame([line.split("::") for line in _lines(files[name])]) for name in FILES[2:])
         ratings.columns, films.columns = list(RATINGS), ["film", "title", "genres"]
         films = films.assign(title=films["title"].str.strip(), genres=films["genres"].str.split("|"))
         return ratings.astype(RATINGS), films.astype({"film": int})
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, ArithmeticError, RuntimeError, zipfile.BadZipFile) as error:
         remedy = f"Give --from a folder or zip file with {' and '.join(FILES[:2])}, or {' and '.join(FILES[2:])}."
         raise UserError(f"no MovieLens at {source}: {error}", remedy) from None
 
@@ -129,6 +131,8 @@ def build_pairs(
         film, why = next(iter(problems.items()))
         first = f"{movie[film].title!r}, since {why}"
         print(f"skipped {len(problems):,} of {len(films):,} films, the first {first}", file=sys.stderr)
+    if unlisted := (~ratings["film"].isin(movie.keys())).sum():
+        print(f"skipped {unlisted:,} of {len(ratings):,} ratings, whose film is not listed", file=sys.stderr)
     films = films[~films["film"].isin(problems.keys())]
     same_film = dict(zip(films["film"], films.groupby("title")["film"].transform("min"), strict=True))
     ratings = ratings[ratings["film"].isin(same_film.keys())].assign(film=lambda rows: rows["film"].map(same_film))
@@ -173,7 +177,7 @@ def main() -> None:
                         help="how other films are drawn: alike, or by how often they are rated; default: random")
     parser.add_argument("--seed", type=int, default=3407, help="default: 3407")
     options = parser.parse_args()
-    output = options.output or HERE / f"pairs_{options.source}.jsonl"
+    output = (options.output or HERE / f"pairs_{options.source}.jsonl").expanduser()
     if options.source != "ml-100k" and not (options.source_path or (options.download and options.source == "ml-1m")):
         remedy = "Give --from DIR|ZIP, or ml-1m with --download."
         raise UserError(f"{options.source} is not in the package index", remedy)

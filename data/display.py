@@ -114,10 +114,16 @@ def choices(arm: str, pair: Pair, decision: Sequence[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def first_runs(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each arm's first run, by its seed."""
+    return predictions[predictions["seed"] == predictions.groupby("arm")["seed"].transform("min")]
+
+
 def recorded_choices(predictions: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     """What each model made of one pair when it was evaluated (the arm's first seed), without answers."""
-    rows = predictions[(predictions["pair_id"] == pair.pair_id) & (predictions["history"] == "own")]
-    rows = rows[rows["kind"] == "model"].drop_duplicates(["arm", "order"]).sort_values("order", kind="stable")
+    rows = first_runs(predictions)
+    rows = rows[(rows["pair_id"] == pair.pair_id) & (rows["history"] == "own")]
+    rows = rows[rows["kind"] == "model"].sort_values("order", kind="stable")
     parts = [choices(arm, pair, found["decision_margin"]) for arm, found in rows.groupby("arm", sort=False)]
     return pd.concat(parts, ignore_index=True)
 
@@ -176,8 +182,7 @@ def user_groups(test: Sequence[Pair], predictions: pd.DataFrame | None, live: bo
     by_title = sorted(test, key=lambda pair: pair.preferred.title)
     shown = [pair.pair_id for pair in by_title if live or pair.pair_id in recorded]
     groups = {"all test users": shown, "SFT right, DPO wrong": [], "DPO right, SFT wrong": []}
-    each = ["arm", "pair_id", "order", "history"]
-    margins = pd.DataFrame() if predictions is None else margins_by_user(predictions.drop_duplicates(each))
+    margins = pd.DataFrame() if predictions is None else margins_by_user(first_runs(predictions))
     for right, wrong in (("sft", "dpo"), ("dpo", "sft")) if {"sft", "dpo"} <= set(margins) else ():
         found = margins[(margins[right] > 0) & (margins[wrong] < 0) & margins.index.isin(shown)]
         by_clearness = (found[wrong] - found[right]).sort_values(kind="stable")

@@ -266,7 +266,8 @@ def draw_genres(films: pd.DataFrame) -> Figure:
     figure, [[axis]] = new_figure(0.22 * len(shares) + 0.9)
     for shift, (role, look) in zip((0.2, -0.2), ROLES.items(), strict=True):
         axis.barh(np.arange(len(shares)) + shift, shares[role], 0.4, label=role, color=look["color"])
-    axis.set(yticks=range(len(shares)), yticklabels=shares.index, xlabel="share of the films that have the genre, %")
+    names = shares.index.str.replace("$", r"\$", regex=False)  # what stands between two would be mathematics
+    axis.set(yticks=range(len(shares)), yticklabels=names, xlabel="share of the films that have the genre, %")
     axis.margins(y=0.01)
     axis.legend(loc="lower right")
     return figure

@@ -211,7 +211,8 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     except FileNotFoundError:
         sources = {"pairs_ml-100k": "ml-100k", "contrastive_rec_train": "ml-1m --download"}
         source = sources.get(Path(path).stem)
-        command = f"python data/build_pairs.py --source {source} --output {shlex.quote(path)}"
+        script = os.path.relpath(Path(__file__).with_name("build_pairs.py"))
+        command = f"python {shlex.quote(script)} --source {source} --output {shlex.quote(path)}"
         remedy = f"Make it with: {command}" if source else "Give --pairs a file that is there."
         raise UserError(f"no pairs file {path}", remedy) from None
     except OSError as error:
@@ -221,10 +222,11 @@ def read_split(path: str, test_share: float) -> tuple[list[Pair], list[Pair]]:
     train, test = split_pairs(pairs, test_share)
     if not train or not test:
         few = f"{len(pairs)} pair(s) of {len({pair.user_id for pair in pairs})} user(s)"
-        raise UserError(f"{path} holds {few}, too few to split", "Give a larger pairs file, or raise --test_share.")
+        remedy = f"Give pairs of more users, or {'raise' if train else 'lower'} --test_share."
+        raise UserError(f"{path} holds {few}, too few to split", remedy)
     if (users := len({pair.user_id for pair in test})) < 2:
         problem = f"{users} test user(s) are too few for an interval"
-        raise UserError(problem, "Give more pairs, or raise --test_share.")
+        raise UserError(problem, "Give pairs of more users, or raise --test_share.")
     return train, test
 
 
@@ -328,10 +330,15 @@ def _parse_line(line: bytes) -> Pair:
     options = {order: parts and _OPTION.fullmatch(parts[order]) for order in ORDERS}
     if not all(options.values()):
         raise PairsError("the input is not 'History: t1, ..., t5. Option A: T (g|g). Option B: T (g|g).'")
-    history = tuple(_BETWEEN_TITLES.split(parts["history"]))
+    history = tuple(title.strip() for title in _BETWEEN_TITLES.split(parts["history"]))
     if len(history) != HISTORY_LENGTH or not _YEAR.search(history[-1]):
         raise PairsError(f"the history has {len(history)} film(s) and not {HISTORY_LENGTH}; a title ends in its (year)")
-    films = {order: Movie(option["title"], tuple(option["genres"].split("|"))) for order, option in options.items()}
+    films = {
+        order: Movie(option["title"].strip(), tuple(genre.strip() for genre in option["genres"].split("|")))
+        for order, option in options.items()
+    }
+    if not all((*films["A"].genres, *films["B"].genres)):
+        raise PairsError("a genre is empty")
     if max(map(len, (*history, films["A"].title, films["B"].title))) > LONGEST_TITLE:
         raise PairsError(f"a title is longer than {LONGEST_TITLE} characters")
     if films["A"].title == films["B"].title:
@@ -344,4 +351,4 @@ def _parse_line(line: bytes) -> Pair:
     user = text.get("user_id", "")
     if isinstance(user, bool) or not isinstance(user, str | int) or _UNPRINTABLE.search(str(user)):
         raise PairsError("'user_id' is neither a text nor a whole number")
-    return Pair(history, films[order], films[other_letter(order)], order, str(user))
+    return Pair(history, films[order], films[other_letter(order)], order, str(user).strip())

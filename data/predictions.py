@@ -95,7 +95,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
     types = {name: float if name in NUMBERS else str for columns in COLUMNS.values() for name in columns}
     empty = {name: [""] for name in NUMBERS}
     try:
-        predictions = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
+        packed = "gzip" if path.suffix == ".gz" else None
+        predictions = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty, compression=packed)
         there = {*predictions.columns}
         if missing := {*COLUMNS[2 if {"user_id", *LOG_PROBS} & there else 1]} - there:
             problem = f"has no column {', '.join(sorted(missing))}"
@@ -121,6 +122,8 @@ def problem_of(rows: pd.DataFrame) -> str:
         return "has an arm whose name holds other than letters, digits and . _ + - @"
     if not rows["kind"].isin(("model", "baseline")).all() or (rows.groupby("arm")["kind"].nunique() > 1).any():
         return "has an arm that is neither a model nor a baseline, or both"
+    if not (rows["kind"] == "model").any():
+        return "holds no arm of a model"
     if not rows["preferred_more_popular"].isin(("true", "false", "tie")).all():
         return "has a preferred_more_popular that is not true, false or tie"
     if rows["decision_margin"].isna().any() or (rows[list(NUMBERS)].abs() > 1e9).any(axis=None):

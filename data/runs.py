@@ -4,6 +4,7 @@ A run.json may be somebody else's: what it does not say, or says in another form
 """
 
 import math
+import os
 import re
 import shutil
 import sys
@@ -238,11 +239,13 @@ def notes_on(adapters: Adapters, bits: int, pairs_sha256: str = "") -> list[str]
 def evaluated_adapters(results: Path) -> dict[str, tuple[Path, bool]]:
     """Where each adapter of an evaluation lies, by the folder in its run.json, and whether it is what was evaluated.
 
-    The folder may have moved with the results, and is then beside them.
+    They may have moved together, or the folder is as seen from another working directory.
     """
-    evaluated, found = read_run(results).get("adapters_sha256"), {}
+    run, found = read_run(results), {}
+    evaluated, outputs = run.get("adapters_sha256"), str(settings_of(run).get("outputs") or ".")
     for folder, sha256 in evaluated.items() if isinstance(evaluated, dict) else ():
-        places = [path for path in (Path(folder), results.parent / Path(folder).name) if (path / WEIGHTS).is_file()]
+        beside = results.parent / os.path.relpath(folder or ".", outputs)
+        places = [path for path in (Path(folder), beside) if (path / WEIGHTS).is_file()]
         same = [path for path in places if file_sha256(path / WEIGHTS) == sha256]
         found[folder] = [*same, *places, Path(folder)][0], bool(same)
     return found

@@ -1,5 +1,6 @@
 """MovieLens ratings become pairs."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -142,7 +143,27 @@ def test_a_film_that_no_pairs_file_can_hold_is_skipped_and_the_first_one_named(c
     pairs = build_pairs(pd.concat([ratings_of(1, list(range(10))), ratings_of(2, [20, 21])]), films)
     said = capsys.readouterr().err
     assert "skipped 3 of 40 films, the first 'Babylon 5', since its title ends in no (year)" in said
+    assert "ratings" not in said
+    build_pairs(pd.concat([ratings_of(1, list(range(10))), ratings_of(2, [20, 99])]), films)
+    assert "skipped 1 of 12 ratings, whose film is not listed" in capsys.readouterr().err
     assert [[number(title) for title in pair.history] for pair in pairs] == [[0, 1, 2, 6, 7]]
+
+
+@pytest.mark.parametrize("fault", ["no name", "huge id", "encrypted"])
+def test_what_is_no_movielens_is_refused(tmp_path, fault):
+    header = "user,film,stars,time" if fault == "no name" else "userId,movieId,rating,timestamp"
+    row = "99999999999999999999,1,5,1" if fault == "huge id" else "1,1,5,1"
+    with zipfile.ZipFile(tmp_path / "ml.zip", "w") as archive:
+        archive.writestr("ratings.csv", f"{header}\n{row}\n")
+        archive.writestr("movies.csv", "movieId,title,genres\n1,Heat (1995),Drama\n")
+    if fault == "encrypted":
+        content = bytearray((tmp_path / "ml.zip").read_bytes())
+        for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            for found in re.finditer(header, content):
+                content[found.start() + flags] |= 1
+        (tmp_path / "ml.zip").write_bytes(content)
+    with pytest.raises(UserError, match="no MovieLens at .*\nGive --from"):
+        read_movielens(tmp_path / "ml.zip")
 
 
 @pytest.mark.parametrize("form", ["dat", "latin-1", "csv", "zip"])
@@ -155,7 +176,8 @@ def test_every_form_of_movielens_is_read(tmp_path, form):
     else:
         text = "".join(f'{film},"{title}",{genres}\n' for film, title, genres in rows)
         (tmp_path / "movies.csv").write_text("movieId,title,genres\n" + text, encoding="utf-8")
-        (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n7,1,3.5,100\n7,2,4,101\n")
+        text = "\ufefftimestamp,userId,movieId,rating\n100,7,1,3.5\n101,7,2,4\n"
+        (tmp_path / "ratings.csv").write_text(text, encoding="utf-8")
     source = tmp_path
     if form == "zip":
         source = tmp_path / "ml-latest-small.zip"

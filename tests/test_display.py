@@ -54,6 +54,10 @@ def test_users_side_by_side_are_those_of_the_evaluation(evaluated, evaluation):
     recorded = display.recorded_choices(predictions, test[2])
     b_first = predictions.sort_values("order", ascending=False, kind="stable")
     pd.testing.assert_frame_equal(display.recorded_choices(b_first, test[2]), recorded)
+    of_b = predictions[(predictions["arm"] == "dpo") & (predictions["order"] == "B")]
+    of_b = of_b.assign(seed="9", decision_margin=9.0)
+    two_runs = pd.concat([of_b, predictions, of_b.assign(order="A")])  # as a spreadsheet may sort them
+    pd.testing.assert_frame_equal(display.recorded_choices(two_runs, test[2]), recorded)
     assert list(live["arm"]) == list(recorded["arm"]) == ["base", "base", "sft", "sft", "dpo", "dpo"]
     assert list(live["letter"]) == list(recorded["letter"]) and list(live["film"]) == list(recorded["film"])
     assert np.allclose(live["probability"], recorded["probability"], atol=1e-4) and (live["probability"] >= 0.5).all()

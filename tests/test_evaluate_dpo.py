@@ -241,6 +241,11 @@ def test_whether_a_lead_depends_on_what_another_evaluation_has_is_told(
         evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "evaluation" / "predictions.csv")])
     evaluate_dpo.main(flags)
     assert not (tmp_path / "evaluation" / "interaction.json").exists(), "it was of an earlier comparison"
+    made = sorted((tmp_path / "evaluation").iterdir())
+    rows[rows["arm"] != "sft"].to_csv(tmp_path / "no_sft.csv", index=False)
+    with pytest.raises(UserError, match="no arms dpo and sft in common"):
+        evaluate_dpo.main([*flags, "--compare_with", str(tmp_path / "no_sft.csv")])
+    assert sorted((tmp_path / "evaluation").iterdir()) == made, "what was made of the same predictions stays"
     monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("after minutes of scoring"))
     rows[rows["pair_id"] != rows["pair_id"].iloc[0]].to_csv(tmp_path / "other.csv", index=False)
     scoring = ["--preset", "small", "--pairs", evaluated.pairs, "--test_share", "0.3", "--outputs", evaluated.outputs]
@@ -261,6 +266,26 @@ def test_what_lies_beside_predictions_of_another_name_is_not_theirs(evaluated, n
         evaluate_dpo.main([*place, "--from_predictions", str(here / name)])
         for file in ("run.json", "generation.json"):
             assert (here / "again" / "evaluation" / file).exists() == known, (name, file)
+
+
+def test_what_is_known_of_predictions_stays_where_they_are_made_anew_from_a_copy(mine, no_figures, tmp_path):
+    _, flags = mine
+    evaluate_dpo.main([*flags, "--generate_users", "1", "--generate_samples", "1"])
+    made, known = tmp_path / "outputs" / "evaluation", ("run.json", "generation.json", "generations.csv")
+    before = [(made / name).read_bytes() for name in known]
+    for source in (tmp_path / "backup 2026.csv", tmp_path / "elsewhere" / "predictions.csv"):
+        source.parent.mkdir(exist_ok=True)
+        source.write_bytes((made / "predictions.csv").read_bytes())
+        evaluate_dpo.main([*flags, "--from_predictions", str(source)])
+        assert [(made / name).read_bytes() for name in known] == before
+
+
+def test_a_row_that_is_longer_than_the_model_is_said_to_attend_to_is_not_scored(mine, evaluated):
+    with pytest.raises(UserError, match="the longest row has .* tokens, more than max_length 20"):
+        evaluate_dpo.main([*mine[1], "--max_length", "20"])
+    _, test = config.load_split(evaluated)
+    with pytest.raises(UserError, match="more than max_length 20"):
+        evaluate_dpo.load_arms(dataclasses.replace(evaluated, max_length=20), test)
 
 
 def test_arms_of_similar_names_have_each_its_own_adapter(mine, monkeypatch, tmp_path):
@@ -408,6 +433,11 @@ def test_evaluation_without_adapters_says_how_to_make_them(flags, tmp_path):
     assert Path(script).name == "train_dpo.py" and training.stage == "sft"
     assert config.adapter_folder(training, "sft") == config.adapter_folder(settings, "sft")
     assert (training.pairs, training.test_share) == (settings.pairs, settings.test_share)
+    given = dataclasses.replace(settings, adapters=[f"sft={tmp_path}"])
+    with pytest.raises(UserError, match=f"no adapter of the arm dpo .*\nMake it with: .* --sft_adapter {tmp_path};"):
+        evaluate_dpo.find_adapters(given, make_pairs(5))
+    with pytest.raises(UserError, match="no adapter of the arm dpo at typo\nGive --adapters dpo=FOLDER$"):
+        evaluate_dpo.find_adapters(dataclasses.replace(given, adapters=[f"sft={tmp_path}", "dpo=typo"]), make_pairs(5))
 
 
 def test_what_was_scored_and_what_it_is_of_is_on_disk_before_anything_is_made_of_it(mine, tmp_path, monkeypatch):

@@ -57,6 +57,10 @@ def test_a_line_becomes_a_pair_with_the_answer_as_preferred_film(tmp_path):
     [pair] = load_pairs(path)
     assert pair.history == PAIR.history
     assert (pair.preferred, pair.other, pair.order) == (ALIEN, TITANIC, "B")
+    loose = INPUT.replace("(1995), ", "(1995),  ").replace(" (Drama|Romance)", "  (Drama | Romance )")
+    path.write_text(line(input=loose, user_id=" 4 "), encoding="utf-8")
+    [same] = load_pairs(path)
+    assert same == replace(pair, user="4"), "blanks around a name are not part of it"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,7 @@ def test_a_line_becomes_a_pair_with_the_answer_as_preferred_film(tmp_path):
         (line(input=INPUT.replace("Heat (1995), ", "")), "4 film(s) and not 5"),
         (line(input=INPUT.replace("Option B", "Choice B")), "the input is not"),
         (line(input=INPUT.replace(" (Sci-Fi)", "")), "the input is not"),
+        (line(input=INPUT.replace("Drama|Romance", "Drama| ")), "a genre is empty"),
         (line(output="I recommend nothing."), "neither option"),
         (line(output="Option A and Option B are both good."), "both options"),
         (line(input=INPUT.replace(str(ALIEN), str(TITANIC))), "same film"),
@@ -268,9 +273,11 @@ def test_a_pairs_file_that_cannot_be_split_is_refused(tmp_path):
     of_two = [replace(pair, user=str(number % 2)) for number, pair in enumerate(make_pairs(20))]
     for written, share in ((make_pairs(20), 0.05), (of_two, 0.5)):
         write_pairs(tmp_path / "p.jsonl", written)
-        problem = r"1 test user\(s\) are too few for an interval\nGive more pairs, or raise --test_share"
+        problem = r"1 test user\(s\) are too few for an interval\nGive pairs of more users, or raise --test_share"
         with pytest.raises(UserError, match=problem):
             read_split(str(tmp_path / "p.jsonl"), share)
+    with pytest.raises(UserError, match="too few to split\nGive pairs of more users, or lower --test_share"):
+        read_split(str(tmp_path / "p.jsonl"), 0.999)
     with pytest.raises(UserError, match="cannot read the pairs file .*: Is a directory"):
         read_split(str(tmp_path), 0.2)
 

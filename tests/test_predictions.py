@@ -36,6 +36,7 @@ WHOLE = SECOND + "".join(row(user=f"u{pair}", pair=pair, order=order) for pair i
         (WHOLE.replace(",uy,y,B", ",uz,y,B"), "has a pair of two users"),
         (WHOLE.replace("3,1", "4,1", 1), "two counts of a film"),
         (WHOLE.replace(",own,1,", ",own,,", 1), "margin that is missing"),
+        (WHOLE.replace(",model,", ",baseline,"), "holds no arm of a model"),
     ],
 )
 def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem):
@@ -51,6 +52,16 @@ def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path):
         (tmp_path / "p.csv.gz").write_bytes(broken)
         with pytest.raises(UserError, match="cannot read"):
             read_predictions(tmp_path / "p.csv.gz")
+
+
+def test_a_file_named_as_another_archive_is_no_archive(tmp_path):
+    for ending in ("zip", "xz", "zst", "tar"):
+        path = tmp_path / f"predictions.csv.{ending}"
+        path.write_bytes(bytes(9))
+        with pytest.raises(UserError, match="has no column"):
+            read_predictions(path)
+        path.write_text(WHOLE)
+        assert len(read_predictions(path)) == 4
 
 
 def test_both_versions_are_read_and_written_as_they_are(tmp_path):

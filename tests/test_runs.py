@@ -136,17 +136,22 @@ def test_adapters_that_are_not_those_of_the_evaluation_are_told(tmp_path):
 
 
 def test_adapters_that_moved_with_their_results_are_those_that_were_evaluated(tmp_path):
-    (tmp_path / "outputs").mkdir()
-    dpo = run_in(tmp_path / "outputs" / "dpo_final", stage="dpo")
-    evaluation = {"adapters": {"dpo": {"1": str(dpo)}}, "adapters_sha256": {str(dpo): file_sha256(dpo / WEIGHTS)}}
-    write_json(tmp_path / "outputs" / "evaluation" / "run.json", evaluation)
-    moved = (tmp_path / "outputs").rename(tmp_path / "kept") / "evaluation"
-    (tmp_path / "outputs").mkdir()
+    outputs = tmp_path / "outputs"
+    (outputs / "seed2").mkdir(parents=True)
+    places = {"1": outputs / "dpo_final", "2": outputs / "seed2" / "dpo_final"}
+    folders = {seed: run_in(place, stage="dpo", seed=seed) for seed, place in places.items()}
+    for seed, folder in folders.items():
+        (folder / WEIGHTS).write_text(seed)
+    adapters = {"dpo": {seed: str(folder) for seed, folder in folders.items()}}
+    evaluated = {str(folder): file_sha256(folder / WEIGHTS) for folder in folders.values()}
+    about = {"settings": {"outputs": str(outputs)}, "adapters": adapters, "adapters_sha256": evaluated}
+    write_json(outputs / "evaluation" / "run.json", about)
+    moved = outputs.rename(tmp_path / "kept") / "evaluation"
+    outputs.mkdir()
     for there in ("nothing", "the next study"):
         assert changed_since(moved) == [], there
-        assert training_runs(moved) == {"dpo 1": {"stage": "dpo"}}, there
-        run_in(dpo, stage="sft")
-        (dpo / WEIGHTS).write_bytes(b"of the next study")
+        assert training_runs(moved) == {f"dpo {seed}": {"stage": "dpo", "seed": seed} for seed in "12"}, there
+        (run_in(folders["1"], stage="sft") / WEIGHTS).write_bytes(b"of the next study")
 
 
 def test_the_learning_rate_of_a_run_is_its_stages():

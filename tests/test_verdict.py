@@ -214,7 +214,7 @@ def test_a_difference_shows_on_which_side_of_0_and_of_a_point_its_bounds_lie():
         ({"dpo": 0.7, "sft_more": 0.8}, "NOT SUPPORTED", "So more training may explain its lead."),
         ({"dpo": 0.7, "sft_more": 0.7}, "PARTIAL: comparable", "So more training may explain its lead."),
         ({"dpo": 0.5, "sft_more": 0.55}, "NOT SUPPORTED", "DPO ranks worse than SFT and continued SFT."),
-        ({"dpo": 0.7}, "no control was trained", "than an SFT that saw a quarter as many pairs. No control was trained"),
+        ({"dpo": 0.7}, "no control was trained", "an SFT that saw a quarter as many pairs. No control was trained"),
         ({"dpo": 0.7, "sft_long": 0.65, "sft_x": 0.8}, "NOT SUPPORTED", "The control, longer SFT (sft_x), reached"),
         ({"dpo": 0.7, "sft_long": 0.8, "sft_more": 0.65}, "SUPPORTED", "The control, continued SFT, reached"),
         ({"dpo": 0.8, "sft_long": 0.65, "sft_more": 0.7}, "SUPPORTED", "The control, continued SFT, reached"),
