@@ -272,12 +272,15 @@ def test_what_is_known_of_predictions_stays_where_they_are_made_anew_from_a_copy
     _, flags = mine
     evaluate_dpo.main([*flags, "--generate_users", "1", "--generate_samples", "1"])
     made, known = tmp_path / "outputs" / "evaluation", ("run.json", "generation.json", "generations.csv")
+    write_json(made / "run.json", {"mismatches": ["told"]})
+    write_json(made / "generation.json", {"sft": dict.fromkeys(OF_ANSWERS, 1.0), "somebody": 1})
     before = [(made / name).read_bytes() for name in known]
     for source in (tmp_path / "backup 2026.csv", tmp_path / "elsewhere" / "predictions.csv"):
         source.parent.mkdir(exist_ok=True)
         source.write_bytes((made / "predictions.csv").read_bytes())
         evaluate_dpo.main([*flags, "--from_predictions", str(source)])
         assert [(made / name).read_bytes() for name in known] == before
+        assert "**Mismatch:** told" in (made / "report.md").read_text()
 
 
 def test_a_row_that_is_longer_than_the_model_is_said_to_attend_to_is_not_scored(mine, evaluated):
@@ -545,6 +548,9 @@ def test_a_second_precision_is_scored_and_compared_with_the_first(mine, no_figur
     assert not np.allclose(*margins, atol=1e-4), "the weights are other ones"
     with pytest.raises(UserError, match="second_bits is 4\nGive --second_bits a value other than --bits 4"):
         config.parse_settings(EvaluationSettings, [*flags, "--second_bits", "4"])
+    for of_models in (["--second_bits", "16"], ["--adapters", "x=y"]):
+        with pytest.raises(UserError, match="--from_predictions loads no model"):
+            config.parse_settings(EvaluationSettings, [*flags, "--from_predictions", "p.csv", *of_models])
     monkeypatch.setattr(evaluate_dpo, "original_name", lambda name: "nowhere")
     monkeypatch.setattr(evaluate_dpo, "adapter_problem", lambda *_: "")
     monkeypatch.setattr(config, "load_model", lambda *_: pytest.fail("hours of scoring would be lost"))
