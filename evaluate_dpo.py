@@ -197,7 +197,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
     for text in texts:
         name, _, paths = text.partition("=")
         if not ARM_NAME.fullmatch(name) or not paths.strip(",") or "@" in name or name in (*given, "base", *BASELINES):
-            remedy = "Give each as name=folder, with a name of its own of letters, digits and . _ + - alone."
+            remedy = "Give each as name=folder, with a name of its own of up to 30 letters, digits and . _ + -."
             raise UserError(f"--adapters {text}", remedy)
         parts = [paths] if Path(paths).is_dir() else paths.split(",")
         given[name] = [Path(path).expanduser() for path in parts if path]
@@ -234,6 +234,7 @@ def find_adapters(settings: EvaluationSettings, test: Sequence[Pair]) -> tuple[A
             remedy = "Give each training run once, or delete the folder of one that is of no use."
             raise UserError(f"{arm}: {folder} holds the same weights as {same[0]}", remedy)
         seed = str(settings_of(run).get("seed", ""))
+        seed = seed if ARM_NAME.fullmatch(seed) else ""  # somebody's run.json may say anything
         seeds[seed if seed not in seeds else f"{seed}-{number}"] = folder
     return adapters, mismatches
 

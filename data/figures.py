@@ -180,21 +180,21 @@ def draw_margins(predictions: pd.DataFrame) -> Figure:
     """Decision margins of DPO against SFT, one point per pair (mean over orders and seeds)."""
     wide = margins_by_user(predictions)
     figure, [[axis]] = new_figure(3.4)
-    sft, dpo = (wide["sft"] > 0).to_numpy(), (wide["dpo"] > 0).to_numpy()
+    sft, dpo = (np.sign(wide[arm]).to_numpy() for arm in ("sft", "dpo"))
     corners = {  # SFT right, DPO right: text, colour
-        (False, True): ("only DPO right", COLOURS["dpo"]),
-        (True, True): ("both right", "0.3"),
-        (False, False): ("both wrong", "0.55"),
-        (True, False): ("only SFT right", COLOURS["sft"]),
+        (-1, 1): ("only DPO right", COLOURS["dpo"]),
+        (1, 1): ("both right", "0.3"),
+        (-1, -1): ("both wrong", "0.55"),
+        (1, -1): ("only SFT right", COLOURS["sft"]),
     }
-    colours = [corners[right][1] for right in zip(sft, dpo, strict=True)]
+    colours = [corners.get(sides, ("a tie", GREY))[1] for sides in zip(sft, dpo, strict=True)]
     axis.scatter(wide["sft"], wide["dpo"], s=7, c=colours, alpha=0.5, linewidths=0)
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     for (right, top), (text, colour) in corners.items():
-        place = {"ha": "right" if right else "left", "va": "top" if top else "bottom", "color": colour}
+        place = {"ha": "right" if right > 0 else "left", "va": "top" if top > 0 else "bottom", "color": colour}
         count = ((sft == right) & (dpo == top)).sum()
-        axis.text(0.02 + 0.96 * right, 0.02 + 0.96 * top, f"{text}: {count:,}", transform=axis.transAxes, **place)
+        axis.text(0.5 + 0.48 * right, 0.5 + 0.48 * top, f"{text}: {count:,}", transform=axis.transAxes, **place)
     axis.margins(y=0.14)  # room for the corners' texts
     axis.set(xlabel="SFT: decision margin, mean of both orders (nats)", ylabel="DPO: decision margin (nats)")
     return figure

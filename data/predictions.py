@@ -16,7 +16,7 @@ from data.runs import Lineage
 
 MARGINS = ("decision_margin", "response_margin")
 LOG_PROBS = ("chosen_log_prob", "rejected_log_prob")
-ARM_NAME = re.compile(r"\w[\w.+@ -]{0,59}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
+ARM_NAME = re.compile(r"\w[\w.+@ -]{0,29}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 KEY = ["arm", "seed", "pair_id", "order", "history"]
 IN_EACH = ("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin")
 COUNTED = ("preferred_count", "other_count")
@@ -118,8 +118,8 @@ def problem_of(rows: pd.DataFrame) -> str:
         return "has an order that is neither A nor B, or a history that is neither own nor stranger"
     if rows.duplicated(KEY).any():
         return f"has two rows for the same {', '.join(KEY)}"
-    if not rows["arm"].map(lambda arm: bool(ARM_NAME.fullmatch(arm))).all():
-        return "has an arm whose name holds other than letters, digits and . _ + - @"
+    if not all(ARM_NAME.fullmatch(name) for name in {*rows["arm"], *rows["seed"]} - {""}) or (rows["arm"] == "").any():
+        return "has an arm or a seed whose name is long, or holds other than letters, digits and . _ + - @"
     if not rows["kind"].isin(("model", "baseline")).all() or (rows.groupby("arm")["kind"].nunique() > 1).any():
         return "has an arm that is neither a model nor a baseline, or both"
     if not (rows["kind"] == "model").any():

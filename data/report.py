@@ -35,6 +35,10 @@ def cell(value: Facts, unit: str) -> str:
     return "-" if value["value"] is None else verdict.with_interval(value, {"nats": 2, "": 3}.get(unit, 1))
 
 
+def difference_cell(difference: Facts) -> str:
+    return "-" if difference["value"] is None else verdict.interval_text(difference)
+
+
 def heading(measure: str) -> str:
     label, unit = MEASURES[measure]
     return f"{label} ({unit})" if unit else label
@@ -135,8 +139,7 @@ def differences(metrics: Facts) -> str:
     compared = {name: metrics["comparisons"][name] for name in ("dpo - sft", f"dpo - {control}")[: 1 + bool(control)]}
     rows = [["difference in points", *compared], ["ranking accuracy", *map(verdict.interval_text, compared.values())]]
     for name in ("order_free_accuracy", "response_accuracy"):
-        cells = ["-" if one[name]["value"] is None else verdict.interval_text(one[name]) for one in compared.values()]
-        rows.append([MEASURES[name][0], *cells])
+        rows.append([MEASURES[name][0], *(difference_cell(one[name]) for one in compared.values())])
     for name, key in (("p of McNemar's test (order-free)", "p"), ("p after Holm's correction", "p_holm")):
         if found["p"] is not None:
             rows.append([name, *("-" if one[key] is None else f"{one[key]:.3g}" for one in compared.values())])
@@ -199,7 +202,7 @@ def report(
     lines += ["", "## Comparisons"]
     rows = []
     for name, found in metrics["comparisons"].items():
-        cells = [cell(found, "points"), *(cell(found[measure], "points") for measure in COMPARED[1:])]
+        cells = [difference_cell(one) for one in (found, *(found[measure] for measure in COMPARED[1:]))]
         numbers = ("-" if found[key] is None else f"{found[key]:.3g}" for key in ("p", "p_holm", "detectable_points"))
         rows.append([name, *cells, *numbers, found.get("verdict", "-")])
     heads = ["comparison, in points", *(MEASURES[name][0] for name in COMPARED)]
@@ -216,7 +219,8 @@ def report(
         rows = [[arm, *(f"{of[seed]:.1f}" if seed in of else "-" for seed in seeds)] for arm, of in runs.items()]
         lines += markdown_table(["ranking accuracy (%) of each run", *(f"seed {seed}" for seed in seeds)], rows)
     if generation:
-        rows = [[arm, *(f"{found[name]:.3g}" for name in OF_ANSWERS)] for arm, found in generation.items()]
+        of_arms = [(arm, *(found[name] for name in OF_ANSWERS)) for arm, found in generation.items()]
+        rows = [[arm, f"{answers:,.0f}", *(f"{share:.3f}" for share in shares)] for arm, answers, *shares in of_arms]
         lines += markdown_table(["generated answers", *(name.replace("_", " ") for name in OF_ANSWERS)], rows)
 
     if settings := settings_of(run):
@@ -309,7 +313,8 @@ def model_card(
             )
             for name in MAIN_MEASURES if name in cells
         ]
-        index = {"model_name": plain(folder.absolute().name), "eval_results": results}
+        if found["seeds"] == 1:  # else they are means, of other adapters, too
+            index = {"model_name": plain(folder.absolute().name), "eval_results": results}
         limits = [plain(text.removeprefix(f"{folder} ")) for text in mismatches if text.startswith(f"{folder} ")]
         limits += card_limits(arm, metrics, (generation or {}).get(arm))
     tags = ["recommendation", "movielens", "lora", *([stage] if stage else [])]

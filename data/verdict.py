@@ -1,5 +1,6 @@
 """Comparisons -> verdicts, caveats and the sentence to quote, each by rule."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,9 @@ def all_one_letter(metrics: dict[str, Any]) -> str:
     """That DPO and SFT, the control or both answer one letter almost always; "" where it is not so."""
     names = {"sft": "SFT"} | ({metrics["control"]: longer(metrics)} if metrics["control"] else {})
     alike = [names[arm] for arm in arms_of_one_letter(metrics["arms"]) if arm in names]
-    return f"{listed(['DPO', *alike], 'and')} answer one letter almost always" if alike else ""
+    biases = [metrics["arms"][arm]["position_bias"]["value"] for arm in ("dpo", *arms_of_one_letter(metrics["arms"]))]
+    do = "answer one letter almost always" if min(map(abs, biases)) >= 80 else "seldom prefer a film in both orders"
+    return f"{listed(['DPO', *alike], 'and')} {do}" if alike else ""
 
 
 def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
@@ -102,13 +105,14 @@ def pairs_seen(arm: str, arms: dict[str, Any]) -> str:
 def conclusion(metrics: dict[str, Any]) -> str:
     """What both verdicts say, in one or two sentences."""
     arms, dpo = metrics["arms"], "DPO"
-    if metrics["scope"] == "adapters":
+    if metrics["comparisons"]["dpo - sft"]["scope"] == "adapters":
         dpo = "this DPO adapter" if arms["dpo"]["seeds"] == 1 else "the mean of these DPO adapters"
-    sft = f"an SFT that saw {pairs_seen('sft', arms) or 'an unknown number of pairs'}"
+    seen = pairs_seen("sft", arms)
+    sft = f"an SFT that saw {seen}" if seen else "SFT"
     first, second = (metrics[name].partition(" (")[0] for name in ("verdict", "control_verdict"))
     gains = first in BETTER and second not in BETTER
     if second not in SAYS:
-        gains &= not (arms["sft"]["pairs_seen"] or 0) >= (arms["dpo"]["pairs_seen"] or 1)  # it was trained for less
+        gains &= (arms["sft"]["pairs_seen"] or 0) < (arms["dpo"]["pairs_seen"] or math.inf)  # it was trained for less
         text = f"{dpo} {SAYS[first]} {sft}. No control was trained{', so more training may gain as much' * gains}."
     elif first == second:
         word = "or" if first == "INCONCLUSIVE" else "and"
@@ -130,7 +134,8 @@ def longer(metrics: dict[str, Any]) -> str:
     if control == "sft_more" and arms["dpo"]["reference"] != "base":
         return "continued SFT"
     seen, of_sft = (arms[arm]["pairs_seen"] for arm in (control, "sft"))
-    return "another SFT" if seen and of_sft and seen <= of_sft else "longer SFT"
+    more = seen > of_sft if seen and of_sft else control == "sft_more"
+    return "longer SFT" if more else "another SFT"
 
 
 def named(arm: str, metrics: dict[str, Any]) -> str:

@@ -130,6 +130,13 @@ def test_margins_are_those_of_each_user_over_orders_and_runs(predictions, figure
     assert texts[upper_left].get_position() == pytest.approx((0.02, 0.98)), "to the left and up"
 
 
+def test_a_tie_is_on_no_side_of_the_margins():
+    sides = np.array([[2.0, 1.0], [0.0, 0.0], [1.0, -1.0], [-1.0, -2.0]])
+    [axis] = drawing.draw_margins(predictions_of(sft=sides, dpo=sides)).axes
+    counts = {text.get_text() for text in axis.texts}
+    assert counts == {"both right: 1", "both wrong: 1", "only SFT right: 0", "only DPO right: 0"}
+
+
 def test_no_point_lies_under_a_label_of_the_margins():
     corners = np.array([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
     figure = drawing.draw_margins(predictions_of(sft=corners, dpo=corners[[0, 2, 1, 3]]))

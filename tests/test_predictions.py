@@ -37,6 +37,9 @@ WHOLE = SECOND + "".join(row(user=f"u{pair}", pair=pair, order=order) for pair i
         (WHOLE.replace("3,1", "4,1", 1), "two counts of a film"),
         (WHOLE.replace(",own,1,", ",own,,", 1), "margin that is missing"),
         (WHOLE.replace(",model,", ",baseline,"), "holds no arm of a model"),
+        (WHOLE.replace("dpo", "d" * 31), "an arm or a seed whose name is long"),
+        (WHOLE.replace("dpo", ""), "an arm or a seed whose name"),
+        (WHOLE.replace("model,1,", "model,1|2,"), "an arm or a seed whose name"),
     ],
 )
 def test_a_file_that_holds_no_predictions_is_refused(tmp_path, content, problem):

@@ -53,6 +53,14 @@ def study(trained, tmp_path_factory):
     return flags, json.loads((folder / "outputs" / "evaluation" / "metrics.json").read_text())
 
 
+def test_means_over_runs_are_not_passed_off_as_one_adapters():
+    folder, settings = config.PUBLISHED / "sft", preset_settings(EvaluationSettings, "small")
+    metrics = read_json(config.ROOT / "docs" / "results" / "metrics.json")
+    card = model_card(folder, config.base_facts(settings), "sft", metrics)
+    assert "The values are means over 10 training runs, and this adapter is one of them." in card
+    assert "belong to" not in card and ModelCard(card).data.eval_results is None
+
+
 def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     rows = predictions_of(sft=np.tile([-1.0, 1.0], (100, 1)), sft_long=np.ones((100, 2)), dpo=np.ones((100, 2)))
     rows["response_margin"] = np.nan
@@ -62,13 +70,14 @@ def test_every_arm_is_in_each_table_and_text_of_others_is_escaped():
     tex = latex(metrics)
     assert r"sft\_long & 100.0 [100.0, 100.0] & -- & " in tex and "$-$100.0 [$-$100.0, $-$100.0]" in tex
     assert r"\toprule" in tex and r"ranking accuracy (\%)" in tex
-    answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.25)}
+    answers = {"dpo": dict.fromkeys(OF_ANSWERS, 0.9996) | {"answers": 1500}}
     run = {"settings": {"base_model": "a/model", "bits": 4, "`<b>|": "<i>"}, "packages": {"torch": "2"}}
     text = report(metrics, answers, ["note: of <b>"], run, ["accuracy.png", "position_bias.png"])
     assert "| measure | sft | sft_long | dpo |" in text and "- **Note:** of &lt;b&gt;" in text
     assert "| ranking accuracy (%) of each run | seed 1 |" in text and "| sft_long | 100.0 |" in text
     assert "| dpo - sft_long |" in text and "| INCONCLUSIVE (these adapters) |" in text
-    assert "| dpo | 0.25 | 0.25 |" in text and "Adapters of model in 4 bits." in text
+    assert "| dpo | 1,500 | 1.000 |" in text and "| dpo - sft | +50.0 [" in text
+    assert "Adapters of model in 4 bits." in text
     assert "| decisions by less than 0.01 nats | 0 | 0 | 0 |" in text and "| loss of ranking" not in text
     assert "| `b` | `i` |" in text and "| `packages` | `torch: 2` |" in text
     assert "We tested model in 4 bits on 100" in text and "model" not in metrics["sentence"]

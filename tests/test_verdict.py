@@ -194,7 +194,7 @@ def test_a_lean_that_hides_or_feigns_a_difference_is_told_of_each_arm_that_dpo_i
 def test_what_both_verdicts_say(first, second, says):
     arms = {arm: {"pairs_seen": 4.0, "reference": "sft"} for arm in ("sft", "sft_more", "dpo")}
     about = {"arms": arms, "control": "sft_more"}
-    about |= {"scope": "method", "verdict": first, "control_verdict": second}
+    about |= {"comparisons": {"dpo - sft": {"scope": "method"}}, "verdict": first, "control_verdict": second}
     assert says in conclusion(about)
     arms["dpo"]["reference"], arms["sft"]["pairs_seen"] = "base", 1.0  # where the control begins, too
     assert says.replace("continued", "longer") in conclusion(about)
@@ -266,6 +266,25 @@ def test_another_seed_than_numpy_can_hold_is_told_as_it_is():
     assert f"seeds {10**20} to {10**20 + 2}" in judged(pd.concat(runs))["sentence"]
 
 
+def test_what_was_seen_in_training_is_not_said_where_it_is_not_known():
+    rows = runs_of(1, sft=0.6, dpo=0.8)
+    for sft, dpo, told in ((None, 200, True), (100, None, True), (200, 200, False)):
+        seen = {"sft": sft, "dpo": dpo}
+        metrics = judged(rows.assign(pairs_seen=rows["arm"].map(seen).astype(float)))
+        assert ("so more training may gain as much" in metrics["conclusion"]) is told
+        assert ("than SFT." in metrics["conclusion"]) is (None in seen.values())
+    other = judged(runs_of(1, sft=0.6, sft_r8=0.7, dpo=0.8).assign(pairs_seen=np.nan))
+    assert "another SFT" in other["conclusion"] and "longer" not in other["conclusion"]
+
+
+def test_arms_that_answer_each_pair_with_its_own_letter_are_not_said_to_answer_one():
+    margins = np.where(np.arange(100)[:, None] % 2, [1.0, -1.0], [-1.0, 1.0])  # whatever stands under it
+    metrics = judged(predictions_of(sft=margins, dpo=margins))
+    assert metrics["arms"]["dpo"]["position_bias"]["value"] == 0 and metrics["verdict"].startswith("INCONCLUSIVE")
+    assert "DPO and SFT seldom prefer a film in both orders, so" in metrics["sentence"]
+    assert "one letter" not in metrics["sentence"]
+
+
 def test_fewer_than_100_users_give_no_sentence_to_quote():
     for users, quoted in ((99, False), (100, True)):
         metrics = judged(predictions_of(sft=np.ones((users, 2)), dpo=np.ones((users, 2))))
@@ -280,7 +299,7 @@ def test_fewer_than_100_users_give_no_sentence_to_quote():
 def test_what_follows_is_said_in_short_sentences_with_a_capital(over_sft, over_control):
     about = {"verdict": f"{over_sft} (these adapters)", "control_verdict": over_control, "control": "sft_more"}
     arms = {"sft": {"pairs_seen": 1}, "dpo": {"pairs_seen": 4, "seeds": 2, "reference": "sft"}}
-    text = conclusion(about | {"scope": "adapters", "arms": arms})
+    text = conclusion(about | {"comparisons": {"dpo - sft": {"scope": "adapters"}}, "arms": arms})
     assert text[0].isupper() and text.endswith(".") and "{" not in text
     assert max(len(part.split()) for part in text.split(". ")) <= 30
 
@@ -315,6 +334,7 @@ def test_a_control_of_one_run_makes_the_conclusion_one_on_adapters():
     told = "(SFT, continued: 1): the verdict against the control is on these adapters"
     assert metrics["scope"] == "adapters" and told in " ".join(metrics["caveats"])
     assert "These users can tell" in summary(metrics), "and not these runs"
+    assert metrics["conclusion"].startswith("DPO ranks"), "the result against SFT is on the method"
     other = judged(pd.concat([runs_of(3, sft=0.6, sft_more=0.7, dpo=0.8), runs_of(1, sft_long=0.7)]))
     assert other["scope"] == "method" and "on these adapters" not in " ".join(other["caveats"])
     assert "These users and runs can tell" in summary(other)
