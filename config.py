@@ -43,7 +43,7 @@ from data.errors import UserError, fault_of_the_machine, printable
 from data.files import fetch_wheel, file_sha256, weights_digest, whole_folder
 from data.machine import CACHE, FSDP, LOCAL_RANK, PROCESSES, RANK, ROOT, machine_facts, version
 from data.pairs import Pair, read_split
-from data.runs import STAGES, WEIGHTS, There, what_is_there
+from data.runs import STAGES, WEIGHTS, There, read_run, what_is_there
 
 if TYPE_CHECKING:  # Unsloth comes before it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -360,7 +360,8 @@ class Run(NamedTuple):
         return adapter_folder(self.settings, self.stage)
 
     def found(self, pairs_sha256: str) -> There:
-        return what_is_there(self.folder, self.stage, vars(self.settings), pairs_sha256, self.start)
+        checkpoints = checkpoints_folder(self.settings, self.stage)
+        return what_is_there(self.folder, self.stage, vars(self.settings), pairs_sha256, self.start, checkpoints)
 
 
 def planned_runs(settings: TrainingSettings) -> list[Run]:
@@ -380,6 +381,10 @@ def planned_runs(settings: TrainingSettings) -> list[Run]:
 
 def next_command(settings: TrainingSettings) -> str:
     """What to type after training: the evaluation with the same settings or, where an arm lacks, what trains it."""
+    for run in planned_runs(dataclasses.replace(settings, stage="all")):
+        began = read_run(run.folder).get("initial_adapter_sha256")
+        if began and run.start and (run.start / WEIGHTS).is_file() and file_sha256(run.start / WEIGHTS) != began:
+            return "the same command with --stage all --restart true, which trains again what had another start"
     found = {stage: adapters_there(settings, stage) for stage in ("sft", "dpo")}
     if not found["dpo"] or not (found["sft"] or settings.sft_adapter):
         return "the same command with --stage all, which trains what is not there yet"
@@ -614,6 +619,16 @@ def read_base(settings: Settings) -> Base:
     return base
 
 
+def graphs_serve(settings: TrainingSettings) -> bool:
+    """Are CUDA graphs known to give the same losses with these settings? UserError where they are asked for and not."""
+    known = backend_of(settings) == "unsloth" and settings.trainer != "stock" and settings.bits != 8
+    known = known and PROCESSES == 1 and not settings.gradient_checkpointing
+    if settings.cuda_graphs and not known:
+        where = "the shared trainer through Unsloth on one GPU, in 4 or 16 bits, without gradient checkpointing"
+        raise UserError(f"CUDA graphs are for {where}", "Leave --cuda_graphs out.")
+    return known
+
+
 def fitting_batch_size(
     settings: TrainingSettings, share: int, row_tokens: int, shared_prompt: bool
 ) -> tuple[int, bool, bool]:
@@ -627,11 +642,7 @@ def fitting_batch_size(
 
     row_tokens: of the longest row, all that is computed for it.
     """
-    known = backend_of(settings) == "unsloth" and settings.trainer != "stock" and settings.bits != 8
-    known = known and PROCESSES == 1 and not settings.gradient_checkpointing
-    if settings.cuda_graphs and not known:
-        where = "the shared trainer through Unsloth on one GPU, in 4 or 16 bits, without gradient checkpointing"
-        raise UserError(f"CUDA graphs are for {where}", "Leave --cuda_graphs out.")
+    known = graphs_serve(settings)
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     wanted = settings.gradient_checkpointing
     if not torch.cuda.is_available():

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     used, validation = hold_back(train, settings.validation_pairs, settings.max_pairs)
     if len(used) < settings.effective_batch:
         problem = f"{len(used)} pairs are left to train on, fewer than one step's {settings.effective_batch}"
-        raise UserError(problem, f"Lower --validation_pairs ({settings.validation_pairs}), or give more pairs.")
+        remedy = f"Lower --effective_batch or --validation_pairs ({settings.validation_pairs}), or give more pairs"
+        raise UserError(problem, remedy + (" and a higher --max_pairs." if settings.max_pairs else "."))
 
     # rows
     split = {"pairs_sha256": file_sha256(settings.pairs), "train_pairs": len(used), "train_digest": ids_digest(used)}
@@ -136,7 +137,8 @@ def train_stage(stage: str, settings: TrainingSettings, data: Data, start: Path 
         save_adapter(trainer, folder, settings, run)
         if config.RANK == 0:
             shutil.rmtree(checkpoints, ignore_errors=True)
-    took = f"in {steps} steps, {run['wall_seconds']:.0f} s, {run['peak_memory_gb']} GB"
+    since = f" (since step {run['resumed_from_step']})" if run["resumed_from_step"] else ""
+    took = f"in {steps} steps, {run['wall_seconds']:.0f} s{since}, {run['peak_memory_gb']} GB"
     print(f"{stage}: loss {run['first_loss']:.4f} -> {run['last_loss']:.4f} {took}\n  -> {folder}", flush=True)
     if (wandb := sys.modules.get("wandb")) and getattr(wandb, "run", None):
         wandb.finish()  # or the next stage would go into the same run
@@ -270,6 +272,9 @@ def train_from(trainer: Any, checkpoint: Path | None, stage: str) -> None:
         with contextlib.suppress(AllTrained):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        for callback in trainer.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()  # or an error would stand beside it
         for number, handler in before.items():
             signal.signal(number, handler)
     if checkpoints.stopping:
@@ -792,6 +797,8 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
     alone = f"one letter alone would score {max(answers.values()) / answers.total():.0%} in this order"
     count, in_a = len(data.rows), sum(row["chosen"].startswith(f"{STEM} A") for row in data.rows)
     longest = check_tokens(data.rows + data.validation_rows, tokenizer, settings.max_length)
+    shares_prompt(settings)  # this and the next refuse what cannot be had
+    config.graphs_serve(settings)
     pair_tree(test[0], tokenizer)  # as the evaluation will cut it
     checks = [
         ("packages", versions or "as in requirements.txt", install),
@@ -806,15 +813,16 @@ def run_checks(settings: TrainingSettings, train: list[Pair], test: list[Pair], 
         ("rows", f"{count:,} for training ({settings.option_order}): {in_a:,} A, {count - in_a:,} B", ""),
         ("longest row", f"{longest} tokens of at most {settings.max_length}", ""),
     ]
-    planned, steps = config.planned_runs(settings), {}
+    planned, steps, trained = config.planned_runs(settings), {}, set()
     for run in planned:
         epochs = settings.sft_epochs if run.stage == "sft" else settings.epochs
         whole = math.ceil(math.ceil(count / settings.effective_batch) * epochs)
         steps[run.stage] = settings.max_steps if settings.max_steps > 0 else whole
         there = run.found(data.split["pairs_sha256"])
         said = f"{steps[run.stage]:,} steps of {settings.effective_batch}; {there.said}"
+        said += " unless its start becomes another" * (there.done and run.start in trained)
+        trained |= set() if there.done else {run.folder}
         checks.append((run.stage, said, there.remedy))
-    trained = {run.folder for run in planned if run.stage == "sft" and not run.found(data.split["pairs_sha256"]).done}
     for start in dict.fromkeys(run.start for run in planned if run.stage != "sft"):
         found, remedy = "the base model" if start is None else f"{start}, trained first", ""
         if start and start not in trained:

@@ -27,7 +27,7 @@ Adapters = dict[str, dict[str, Path]]  # folders by arm and seed
 
 # These don't change what is trained, or are known by their content; a new setting counts.
 NOT_TRAINED = {
-    *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "batch_size"),
+    *("preset", "outputs", "check", "restart", "stage", "pairs", "sft_adapter", "backend", "trainer", "batch_size"),
     *("gpu_memory_gb", "gradient_checkpointing", "cuda_graphs", "eval_steps", "save_steps", "logging_steps"),
     *("report_to", "control", "seeds", "push_to_hub", "merge"),  # the last two are of earlier versions
 }
@@ -86,14 +86,17 @@ class There(NamedTuple):
     remedy: str = ""
 
 
-def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha256: str, start: Path | None) -> There:
-    """What lies in the folder of a run; an adapter of other settings is in its way unless these say `restart`."""
-    if not folder.is_dir():
-        return There(False, f"{folder} is not there yet")
+def what_is_there(
+    folder: Path, stage: str, settings: dict[str, Any], pairs_sha256: str, start: Path | None, checkpoints: Path
+) -> There:
+    """What lies in the folders of a run; what is of other settings is in its way unless these say `restart`."""
     known = start is not None and (start / WEIGHTS).is_file()
     asked = decisive(stage, settings, pairs_sha256, file_sha256(start / WEIGHTS) if known else None)
     if start and not known:  # it is trained first
         del asked[OF_START]
+    if not folder.is_dir():
+        others = "" if settings["restart"] else unfinished(checkpoints, asked)
+        return There(False, others or f"{folder} is not there yet", GO_ON if others else "")
     damaged = "weights that are damaged or cut short" if damage(folder / WEIGHTS) else ""
     others = damaged or made_otherwise(read_run(folder), stage, asked)
     if not others:
@@ -104,14 +107,23 @@ def what_is_there(folder: Path, stage: str, settings: dict[str, Any], pairs_sha2
     return There(False, f"{folder} is there, with {others}", remedy)
 
 
+GO_ON = "Run it with what it had, so that it goes on, or give --restart true to throw it away and start afresh."
+
+
+def unfinished(checkpoints: Path, asked: dict[str, Any]) -> str:
+    """That a folder holds an unfinished run that `asked` is not, in words; "" if it does not."""
+    others = differing(read_json(checkpoints / RUN), asked)
+    there = others and any(map(is_sealed, checkpoints_in(checkpoints)))
+    return f"{checkpoints} holds an unfinished run with {others}" if there else ""
+
+
 def prepare_checkpoints(folder: Path, identity: dict[str, Any], restart: bool) -> None:
     """Make a checkpoints folder ready for a run; UserError where one of another identity is unfinished in it."""
-    others = differing(read_json(folder / RUN), identity)
-    for checkpoint in checkpoints_in(folder) if others and restart else ():
-        shutil.rmtree(checkpoint)
-    if others and last_whole_checkpoint(folder):
-        remedy = "so that it goes on, or give --restart true to throw it away and start afresh."
-        raise UserError(f"{folder} holds an unfinished run with {others}", f"Run it with what it had, {remedy}")
+    if others := unfinished(folder, identity):
+        if not restart:
+            raise UserError(others, GO_ON)
+        for checkpoint in checkpoints_in(folder):
+            shutil.rmtree(checkpoint)
     write_json(folder / RUN, identity)
 
 

@@ -108,12 +108,12 @@ def test_an_adapter_is_asked_for_with_the_start_that_is_there_or_is_trained_firs
     settings = vars(TrainingSettings())
     about = {"data": {"pairs_sha256": "pairs"}, "initial_adapter_sha256": "start"}
     dpo, sft = run_in(tmp_path / "dpo", stage="dpo", settings=settings, **about), tmp_path / "sft"
-    assert what_is_there(dpo, "dpo", settings, "pairs", sft).done
+    assert what_is_there(dpo, "dpo", settings, "pairs", sft, tmp_path).done
     sft.mkdir()
     (sft / WEIGHTS).write_bytes(b"trained again")
-    there = what_is_there(dpo, "dpo", settings, "pairs", sft)
+    there = what_is_there(dpo, "dpo", settings, "pairs", sft, tmp_path)
     assert not there.done and there.remedy and "adapter that it starts from 'start', not " in there.said
-    assert "is replaced" in what_is_there(dpo, "dpo", settings | {"restart": True}, "pairs", sft).said
+    assert "is replaced" in what_is_there(dpo, "dpo", settings | {"restart": True}, "pairs", sft, tmp_path).said
 
 
 @pytest.mark.parametrize(("steps", "seen"), [(0, 0), (1, 4), (2, 8), (3, 10), (4, 14), (6, 20)])

@@ -173,6 +173,9 @@ def test_the_last_line_of_training_is_the_command_that_finds_its_adapters(mine, 
         settings = config.parse_settings(EvaluationSettings, found)
         adapters, _ = evaluate_dpo.find_adapters(settings, config.load_split(settings)[1])
         assert [folder for runs in adapters.values() for folder in runs.values()] == [sft, folder_of(flags, "dpo")]
+    weights = (first / WEIGHTS).read_bytes()
+    (first / WEIGHTS).write_bytes(weights + b" ")
+    assert "--stage all --restart true" in shlex.join(said("--stage", "sft", "--restart", "true"))
     shutil.rmtree(first)
     assert "--stage all" in shlex.join(said()), "there is no arm sft to compare DPO with"
     small = config.preset_settings(TrainingSettings, "small")
@@ -302,6 +305,7 @@ UNWORKABLE = {  # flags: what is said
     "--lr_scheduler polynomial --warmup_steps 3": "trainer: division by zero\nGive another --optim",
     "--lr_scheduler greedy": "trainer: greedy is no schedule: .*\nGive another --optim, --lr_scheduler",
     "--lr_scheduler reduce_lr_on_plateau": "trainer: reduce_lr_on_plateau is no schedule: .*\nGive another",
+    "--cuda_graphs true": "CUDA graphs are for the shared trainer through Unsloth",
     "--optim galore_adamw": "trainer: You need to install `galore_torch`",
     "--report_to wandb": "trainer: .*\nInstall wandb, or give --report_to none",
 }
@@ -328,6 +332,12 @@ def test_check_finds_outputs_that_are_a_file_and_a_start_that_is_no_sft(training
         assert told in capsys.readouterr().out
 
 
+def test_check_does_not_call_an_adapter_done_whose_start_is_replaced(mine, capsys):
+    train_dpo.main([*mine[0], "--check", "--restart", "true", "--sft_learning_rate", "0.5"])
+    told = capsys.readouterr().out
+    assert "and is replaced" in told and "nothing to do unless its start becomes another" in told
+
+
 def test_broken_pairs_train_nothing(training_flags, pairs_file, tmp_path):
     write_pairs(pairs_file, make_pairs(3))
     with open(pairs_file, "a") as file:
@@ -344,9 +354,11 @@ def test_validation_and_used_pairs_come_from_the_training_users(training_flags):
     assert (len(used), len(validation), len(test)) == (10, 4, 18)
     assert not {pair.user_id for pair in used} & {pair.user_id for pair in validation}
     assert {*used, *validation} <= {*train}
-    problem = r"2 pairs are left to train on, fewer than one step's 4\nLower --validation_pairs \(40\)"
+    problem = r"2 pairs are left to train on, fewer than one step's 4\nLower .* --validation_pairs \(40\), or give more"
     with pytest.raises(UserError, match=problem):
         train_dpo.main([*training_flags, "--validation_pairs", "40"])
+    with pytest.raises(UserError, match="or give more pairs and a higher --max_pairs"):
+        train_dpo.main([*training_flags, "--validation_pairs", "0", "--max_pairs", "3"])
 
 
 def test_dpo_starts_from_plain_lora_alone(training_flags):
@@ -1192,17 +1204,20 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(Path(settings_of(unfinished).pairs).read_text().splitlines(keepends=True)[:-1]))
     changed = [{"ANOTHER": str(another), "FEWER": str(fewer)}.get(flag, flag) for flag in changed]
-    with pytest.raises(UserError, match=f"unfinished run with .*{named}.*\n.*--restart true"):
-        train_dpo.main([*unfinished, *changed])
+    monkeypatch.setattr(train_dpo, "train_stage", lambda *_: pytest.fail("hours of other stages and seeds"))
+    for asked in ([], ["--stage", "all", "--seeds", "2"]):
+        with pytest.raises(UserError, match=f"unfinished run with .*{named}.*\n.*--restart true"):
+            train_dpo.main([*unfinished, *changed, *asked])
     assert (checkpoints_of(unfinished, "sft") / "checkpoint-4").is_dir()
 
 
 def test_settings_that_train_the_same_go_on_and_restart_starts_afresh(unfinished, tiny_model, tmp_path, capsys):
     moved = shutil.copytree(tiny_model, tmp_path / "moved" / tiny_model.name)
-    same = ["--batch_size", "1", "--logging_steps", "2", "--beta", "0.5", "--cuda_graphs", "false"]
+    same = ["--batch_size", "1", "--logging_steps", "2", "--beta", "0.5"]
+    same += ["--cuda_graphs", "false", "--trainer", "shared"]
     train_dpo.main([*unfinished, *same, "--base_model", str(moved)])
-    assert "goes on from" in capsys.readouterr().err
-    run = run_of(unfinished, "sft")
+    said, run = capsys.readouterr(), run_of(unfinished, "sft")
+    assert "goes on from" in said.err and "s (since step 4), " in said.out
     logged = [entry["step"] for entry in run["log_history"] if "loss" in entry and entry["step"] > 4]
     assert run["resumed_from_step"] == 4 and logged == [step for step in range(5, run["steps"] + 1) if step % 2 == 0]
 
