@@ -1,6 +1,7 @@
 """Every drawing, one function per figure: one column wide, readable in print, one name and colour for an arm."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def draw_reliability(predictions: pd.DataFrame, arms: Sequence[str]) -> Figure:
         axis.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
         axis.errorbar(bins["p"], bins["right"], yerr=error, fmt="o-", markersize=3.5, **LINES, **styles[arm])
         axis.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        axis.set_title(arm_name(arm), fontsize=8)
+        axis.set_title(textwrap.fill(arm_name(arm), 24), fontsize=8)
         if number >= len(arms) - columns:  # nothing below it
             axis.tick_params(labelbottom=True)
             axis.set_xlabel("p(Option A)")

@@ -265,7 +265,7 @@ def preference_rows(pairs: Sequence[Pair], option_order: str = "balanced", seed:
 
 
 def recommended(answer: str) -> str | None:
-    """The option that an answer recommends, "A" or "B"; None where it recommends neither or cannot decide."""
+    """The option that an answer first calls the better one, or alone mentions, "A" or "B"; None where there is none."""
     decision = _DECISION.search(answer)
     letters = {decision[1]} if decision else set(_MENTION.findall(answer))
     return letters.pop() if len(letters) == 1 else None
