@@ -319,12 +319,12 @@ def test_an_adapter_of_another_split_is_refused_or_reported(mine, no_figures, tm
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
     assert capsys.readouterr().out.count("\n- mismatch:") == 2, "made anew from its predictions"
     report = (evaluation / "report.md").read_text()
-    assert report.count("**Mismatch:**") == 2 and "| dpo | 0.5 |" in report
+    assert report.count("**Mismatch:**") == 2 and "| dpo | 0 | 0.500 |" in report
     for name, source in (("one", evaluation), ("two", tmp_path / "one" / "evaluation")):
         place = ["--outputs", str(tmp_path / name)]
         evaluate_dpo.main([*quick, *place, "--from_predictions", str(source / "predictions.csv")])
         assert capsys.readouterr().out.count("\n- mismatch:") == 2, "what is known of them goes with them"
-        assert "| dpo | 0.5 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
+        assert "| dpo | 0 | 0.500 |" in (tmp_path / name / "evaluation" / "report.md").read_text()
     write_json(evaluation / "run.json", {"mismatches": "none", "notes": None})
     evaluate_dpo.main([*quick, "--from_predictions", str(evaluation / "predictions.csv")])
     assert "mismatch:" not in capsys.readouterr().out, "somebody's run.json may say anything"
