@@ -16,7 +16,7 @@ from data.runs import Lineage
 
 MARGINS = ("decision_margin", "response_margin")
 LOG_PROBS = ("chosen_log_prob", "rejected_log_prob")
-ARM_NAME = re.compile(r"\w[\w.+@ -]{0,29}")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
+ARM_NAME = re.compile(r"\w[\w.+ -]{0,29}(@\w{1,9})?")  # means nothing to a terminal, Markdown, LaTeX or matplotlib
 KEY = ["arm", "seed", "pair_id", "order", "history"]
 IN_EACH = ("arm", "kind", "seed", "pair_id", "order", "history", "decision_margin")
 COUNTED = ("preferred_count", "other_count")

@@ -57,6 +57,11 @@ def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path):
             read_predictions(tmp_path / "p.csv.gz")
 
 
+def test_the_longest_name_has_room_for_a_second_precision(tmp_path):
+    (tmp_path / "p.csv").write_text(WHOLE.replace("dpo", "d" * 30 + "@16bit"))
+    assert len(read_predictions(tmp_path / "p.csv")) == 4
+
+
 def test_a_file_named_as_another_archive_is_no_archive(tmp_path):
     for ending in ("zip", "xz", "zst", "tar"):
         path = tmp_path / f"predictions.csv.{ending}"
